@@ -377,19 +377,19 @@ class Ledger:
     def __init__(self, folder, name, rank, fresh):
         folder.mkdir(parents=True, exist_ok=True)
         self.report = folder / f"{name}.json"
+        if fresh and rank == 0:
+            for path in (self.report, *folder.glob(f"{name}.*.jsonl")):
+                path.unlink(missing_ok=True)
+        if dist.is_initialized():
+            dist.barrier()
         self.file = open(folder / f"{name}.{rank}.jsonl", "a+", buffering=1)
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise SystemExit(f"another evaluate.py writes {self.file.name}; wait for it, or stop it")
-        if fresh:
-            self.file.truncate(0)
-            self.report.unlink(missing_ok=True)
         self.file.seek(0)
         whole = self.file.read().rpartition("\n")[0]
         self.file.truncate(len(whole) + bool(whole))  # a line torn by a kill is dropped
-        if dist.is_initialized():
-            dist.barrier()  # fresh: nobody reads what another is about to erase
         self.lines = {}
         for path in folder.glob(f"{name}.*.jsonl"):
             for line in path.read_text().split("\n")[:-1]:

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,8 @@ RECIPES = {
 }
 # SAT Sec. 5.2; the stochastic depth rate is EfficientNet's, dropout is each network's own
 ENHANCED = dict(wd=1e-5, epochs=200, stochastic_depth=0.2, autoaugment=True, ema=True, early_stop=True)
+
+warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # torch 2.15 renamed it, 2.11 has no other
 
 NOISE, CLEAN_START = 2, 3  # uniform's counters in training, beside data's AUGMENT
 FREE = {"out", "resume", "workers", "device", "log_every", "save_every", "download", "plan"}  # may differ on --resume
@@ -386,7 +389,7 @@ def set_up(args):
         if run.ema:
             run.ema.load_state_dict(state["ema"])
         vars(run).update({name: state[name] for name in PROGRESS})
-        run.sums += torch.tensor(state["sums"], device=device) * (rank == 0)
+        run.sums += torch.tensor(state["sums"], dtype=torch.float64, device=device) * (rank == 0)
     for mine, theirs in zip(run.net.parameters(), run.view.parameters()):
         assert mine.data_ptr() == theirs.data_ptr(), "the two views must share their storage"
     vars(run).update(
