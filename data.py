@@ -12,6 +12,7 @@ Keys: SAT is arXiv:2006.14536.
 import bisect
 import hashlib
 import math
+import os
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -291,6 +292,13 @@ def collate(items):
     if any(image is None for image in x):
         return None, None, None, sum(broken, [])
     return torch.tensor(index), torch.stack(x), torch.stack(y), sum(broken, [])
+
+
+def loader_processes(workers, name, world):
+    """--workers, or as many as the cores allow each process; data in memory needs none."""
+    if workers is not None:
+        return workers
+    return 0 if name != "imagenet" else max(1, min(12, len(os.sched_getaffinity(0)) // world - 1))
 
 
 def ignore_signals(_):

@@ -3,16 +3,16 @@ Measure clean and robust accuracy, exactly.
 
 After `python train.py ...`, with no other flag:
 $ python evaluate.py --steps 200 --eps 4
-Any state dict, on 8 GPUs, as the paper measured (nothing leaves early, the verdict is the last iterate's):
-$ torchrun --standalone --nproc_per_node=8 evaluate.py --weights FILE --arch resnet50 --act silu --last-iterate
+The number to quote, and the paper's protocol on 8 GPUs with any state dict:
+$ python evaluate.py --attack autoattack
+$ torchrun --standalone --nproc_per_node=8 evaluate.py --last-iterate --weights FILE --arch resnet50 --act silu
 
-An image counts as robust only if no iterate of any restart fools the model. The verdict on an image depends
-on the weights, the attack and (seed, index, restart): not on batch size, order or the number of processes.
+An image counts as robust only if no iterate of any restart fools the model. Its verdict depends on the
+weights, the attack and (seed, index, restart): not on batch size, order or the number of processes.
 
 Keys: SAT is arXiv:2006.14536.
 """
 import argparse
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -21,7 +21,6 @@ import os
 import signal
 import sys
 import time
-import zipfile
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,31 +30,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
-from attacks import ball, input_gradient, uniform
-from models import MODELS, attacker_view, build
+from attacks import STANDARD, autoattack, ball, doubts, input_gradient, uniform
+from models import MODELS, attacker_view, build, in_precision, load_weights
 
-# --data: eps, step size (both of 255) and steps of the attack
-ATTACK = {"imagenet": (4, 1, 200), "cifar10": (8, 2, 50), "shapes": (8, 2, 50)}
+PGD = {"imagenet": (4, 1, 200), "cifar10": (8, 2, 50), "shapes": (8, 2, 50)}  # eps, step size, steps
+ATTACKS = {"pgd": (), "apgd": STANDARD[:2], "autoattack": STANDARD}
 
-PAPER = {  # (arch, act, res): clean, robust in percent, PGD-200 at eps 4, ImageNet; None where only drawn
-    ("resnet50", "relu", 224): (68.8, 33.0),  # Table 1
-    ("resnet50", "psoftplus", 224): (None, 38.7),  # Sec. 4.1
-    ("resnet50", "silu", 224): (69.7, 42.3),
-    ("resnet50", "smoothrelu", 224): (69.4, 40.3),  # Sec. 4.2
-    ("resnet50", "elu", 224): (None, 41.1),  # Table 2
-    ("resnet101", "silu", 224): (72.9, 45.5),  # Table 3
-    ("resnet152", "silu", 224): (73.9, 46.0),
-    ("resnext50_32x4d", "silu", 224): (71.2, 42.5),
-    ("resnext50_32x8d", "silu", 224): (73.6, 45.1),
-    ("resnet50", "silu", 299): (70.9, 43.8),
-    ("resnet50", "silu", 380): (71.6, 44.1),
-    ("resnext152_32x8d", "silu", 380): (78.2, 51.2),
-    ("resnet152", "relu", 224): (None, 39.4),  # Sec. 5.1
-    ("resnext50_32x8d", "relu", 224): (None, 36.7),
-    ("resnet50", "relu", 380): (None, 36.9),
-    ("resnext152_32x8d", "relu", 380): (None, 46.3),
-    ("efficientnet_b0", "silu", 224): (65.1, 37.6),  # Sec. 5.2
-    ("efficientnet_b7", "silu", 600): (79.8, 57.0),
+PAPER = {  # (arch, act, res): clean and robust in percent, PGD-200 at eps 4; None where only drawn
+    ("resnet50", "relu", 224): (68.8, 33.0), ("resnet50", "psoftplus", 224): (None, 38.7),  # Table 1, Sec. 4.1
+    ("resnet50", "smoothrelu", 224): (69.4, 40.3), ("resnet50", "elu", 224): (None, 41.1),  # Sec. 4.2, Table 2
+    ("resnet50", "silu", 224): (69.7, 42.3), ("resnet101", "silu", 224): (72.9, 45.5),  # Table 3
+    ("resnet152", "silu", 224): (73.9, 46.0), ("resnext50_32x4d", "silu", 224): (71.2, 42.5),
+    ("resnext50_32x8d", "silu", 224): (73.6, 45.1), ("resnet50", "silu", 299): (70.9, 43.8),
+    ("resnet50", "silu", 380): (71.6, 44.1), ("resnext152_32x8d", "silu", 380): (78.2, 51.2),
+    ("resnet152", "relu", 224): (None, 39.4), ("resnext50_32x8d", "relu", 224): (None, 36.7),  # Sec. 5.1
+    ("resnet50", "relu", 380): (None, 36.9), ("resnext152_32x8d", "relu", 380): (None, 46.3),
+    ("efficientnet_b0", "silu", 224): (65.1, 37.6), ("efficientnet_b7", "silu", 600): (79.8, 57.0),  # Sec. 5.2
     ("efficientnet_l1", "silu", 600): (80.5, 58.0),
 }
 
@@ -63,28 +53,28 @@ PAPER = {  # (arch, act, res): clean, robust in percent, PGD-200 at eps 4, Image
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # what to measure
-    p.add_argument("--out", default="out", help="a run's folder: its model.pt, its data, its network")
-    p.add_argument("--weights", help="a state dict instead; its network and data in the next flags")
+    p.add_argument("--out", default="out", help="a run's folder: its model.pt, network and data")
+    p.add_argument("--weights", help="a state dict instead; args.json beside it, or the next flags, tell the rest")
     p.add_argument("--data", choices=data.FOLDERS, help="default: the run's, or imagenet")
     p.add_argument("--data-dir", help="default: the run's, or data/imagenet, or data")
     p.add_argument("--arch", help="default: the run's; " + ", ".join(MODELS))
     p.add_argument("--act", help="default: the run's")
     p.add_argument("--act-alpha", type=float, help="the activation's sharpness; default: the run's, or the paper's")
-    p.add_argument("--bn-eps", type=float, help="default: the run's, or SAT's 1e-5; 1e-3 for torchvision's b5 to b7")
+    p.add_argument("--bn-eps", type=float, help="default: the run's, or 1e-5; torchvision's b5 to b7 need 1e-3")
     p.add_argument("--res", type=int, help="pixels; default: the run's, or the network's own")
     p.add_argument("--limit", type=int, help="images: the first of one fixed permutation; default: all")
     # the attack
-    p.add_argument("--attack", default="pgd", choices=["pgd"], help="what attacks")
+    p.add_argument("--attack", default="pgd", choices=ATTACKS, help="apgd: AutoAttack's first two, a fifth of its cost")
     p.add_argument("--steps", type=int, help="of PGD; default: imagenet 200, else 50")
     p.add_argument("--eps", type=float, help="L-inf radius in 1/255; default: imagenet 4, else 8")
-    p.add_argument("--step-size", type=float, help="in 1/255; default: imagenet 1, else 2")
-    p.add_argument("--restarts", type=int, default=1, help="random starts an image has to survive")
-    p.add_argument("--last-iterate", action="store_true", help="the paper's protocol: the last iterate's verdict")
+    p.add_argument("--step-size", type=float, help="of PGD, in 1/255; default: imagenet 1, else 2")
+    p.add_argument("--restarts", type=int, default=1, help="random starts of PGD that an image has to survive")
+    p.add_argument("--last-iterate", action="store_true", help="SAT's protocol: the last iterate's verdict")
     p.add_argument("--smooth-backward", default="none", choices=["none", "attacker"], help="SAT Sec. 3.2, relu only")
     p.add_argument("--seed", type=int, default=0, help="of the random starts")
     # how
     p.add_argument("--dtype", default="fp32", choices=["fp32", "tf32", "bf16", "fp16"],
-                   help="of the search; fp32 confirms every image that fell")
+                   help="of the search; fp32 confirms every image that falls")
     p.add_argument("--batch-size", type=int, help="images in work at a time, on each device")
     p.add_argument("--workers", type=int, help="processes that read images, for each device")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
@@ -96,46 +86,22 @@ def get_args(argv=None):
 # The machine
 
 def open_device(name):
-    """torchrun's (device, rank, world); without torchrun 0 and 1."""
+    """Where this process runs -> device, torchrun's rank and world (0 and 1 without it)."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise SystemExit(f"--device {name}, but torch sees no GPU; use --device cpu")
-        name = f"cuda:{local}" if name == "cuda" else name
-        torch.cuda.set_device(name)
-    elif name != "cpu":
-        raise SystemExit(f"--device {name} is unknown; use auto, cpu or cuda")
-    if world > 1 and not dist.is_initialized():  # ranks finish an evaluation hours apart
-        dist.init_process_group("nccl" if name != "cpu" else "gloo", timeout=timedelta(hours=24))
-    return torch.device(name), rank, world
+    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise SystemExit(f"--device {name} is not here; use cpu, or auto")
+    device = torch.device(f"cuda:{local}" if name == "cuda" else name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():  # ranks may finish an evaluation hours apart
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
+    return device, rank, world
 
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@contextlib.contextmanager
-def precision(dtype, device):
-    """Everything inside runs in fp32 (TF32 off), tf32, or under bf16 or fp16 autocast."""
-    knobs = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [knob.fp32_precision for knob in knobs]
-    for knob in knobs:
-        knob.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    try:
-        with torch.autocast(device.type, AUTOCAST.get(dtype), enabled=dtype in AUTOCAST):
-            yield
-    finally:
-        for knob, was in zip(knobs, before):
-            knob.fp32_precision = was
-
-
-def in_precision(net, dtype, device):
-    """net as a callable that runs in `dtype` wherever it is called."""
-    def model(x):
-        with precision(dtype, device):
-            return net(x)
-    return model
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 # Long work shows where it is, and can be stopped anywhere
@@ -148,7 +114,7 @@ asked = SimpleNamespace(signal=None)
 
 
 def listen():
-    """From here on SIGINT and SIGTERM only ask; long work polls `stop_if_asked`. A second Ctrl-C ends at once."""
+    """From here on SIGINT and SIGTERM only ask, and long work polls; a second Ctrl-C ends at once."""
     def ask(number, _):
         asked.signal = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -175,45 +141,8 @@ def say(text):
 
 def duration(seconds):
     """3h12m, 4m05s or 7s."""
-    seconds = int(seconds)
-    if seconds >= 3600:
-        return f"{seconds // 3600}h{seconds // 60 % 60:02d}m"
-    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
-
-
-# Weights
-
-def load_file(path):
-    """A file of tensors and plain Python, on the CPU. SystemExit if it is missing, damaged or anything else."""
-    try:
-        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise ValueError(f"{damaged} does not match its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise SystemExit(f"no file {path}; train first, or say where with --out or --weights")
-    except Exception as error:  # a dozen kinds, according to where the damage is
-        raise SystemExit(f"{path} is damaged or not a file of weights: {str(error).splitlines()[0]}")
-
-
-def load_weights(net, path):
-    """Load a state dict, bare or under "model" or "state_dict", into net; strict. SystemExit if it does not fit."""
-    state = load_file(path)
-    for name in ("model", "state_dict"):
-        state = state.get(name, state) if isinstance(state, dict) else {}
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
-    mine = {name: tensor.shape for name, tensor in net.state_dict().items()}
-    other = {name: tensor.shape for name, tensor in state.items()}
-    odd = sorted(name for name in mine | other if mine.get(name) != other.get(name))
-    if odd:
-        shape = {True: "absent"}
-        raise SystemExit(
-            f"{path} does not fit this network: {len(odd)} of {len(mine)} tensors differ, e.g. {odd[0]}: "
-            f"{tuple(other.get(odd[0], ())) or 'absent'} in the file, {tuple(mine.get(odd[0], ())) or 'absent'} here; "
-            "give the --arch, --act and --data that the weights were trained with")
-    net.load_state_dict(state)
+    minutes, s = divmod(int(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{s:02d}s" if minutes else f"{s}s"
 
 
 # The work queue
@@ -372,7 +301,7 @@ def wilson(k, n, z=1.959964):
 # The ledger: a JSON line an image, one file a process
 
 class Ledger:
-    """What is decided already, by any number of processes before us, and this process's file to go on in."""
+    """What was decided before, by any number of processes, and the file of this one to go on in."""
 
     def __init__(self, folder, name, rank, fresh):
         folder.mkdir(parents=True, exist_ok=True)
@@ -392,46 +321,42 @@ class Ledger:
         self.file.truncate(len(whole) + bool(whole))  # a line torn by a kill is dropped
         self.lines = {}
         for path in folder.glob(f"{name}.*.jsonl"):
-            for line in path.read_text().split("\n")[:-1]:
-                self.add(json.loads(line))
-
-    def add(self, line):
-        self.lines.setdefault((line["index"], line.get("attack")), line)
+            for line in map(json.loads, path.read_text().split("\n")[:-1]):
+                self.lines[line["index"], line.get("attack")] = line
 
     def write(self, line):
-        self.add(line)
+        self.lines[line["index"], line.get("attack")] = line
         self.file.write(json.dumps(line) + "\n")
 
 
-# What is measured
+# What is measured, with what, on what
 
 def find_run(args):
-    """The network and the data: flags first, then the args.json beside the weights -> namespace."""
+    """Network and data: flags first, then the args.json beside the weights -> namespace."""
     folder = Path(args.weights).parent if args.weights else Path(args.out)
-    path = folder / "args.json"
-    if path.exists():
-        run = json.loads(path.read_text())
+    if (folder / "args.json").exists():
+        run = json.loads((folder / "args.json").read_text())
     elif args.weights is None:
-        raise SystemExit(f"no run in {args.out} ({path} is missing); train one with python train.py --data shapes, "
+        raise SystemExit(f"no run in {folder} (no args.json); train one with python train.py --data shapes, "
                          "or give --weights FILE --arch ARCH --act ACT --data DATA")
     elif args.arch is None or args.act is None:
         raise SystemExit(f"--weights {args.weights} needs --arch and --act of the network that has these weights")
     else:
-        run = {"data": "imagenet"}
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    names = ("data", "data_dir", "arch", "act", "act_alpha", "bn_eps", "res", "num_classes", "classes", "small_input")
-    found = {name: given.get(name, run.get(name)) for name in names}
-    if found["data"] != run["data"]:  # other data: its own folder, its own classes
-        found.update(data_dir=args.data_dir, res=args.res)
-    run = SimpleNamespace(**found, weights=Path(args.weights or folder / "model.pt"))
+        run = {"data": args.data or "imagenet"}
+    if args.data not in (None, run["data"]):  # other data has its own folder and resolution
+        run.update(data_dir=None, res=None)
+    names = ("data", "data_dir", "arch", "act", "act_alpha", "bn_eps", "res", "classes", "small_input")
+    flags = vars(args)
+    run = {name: run.get(name) if flags.get(name) is None else flags[name] for name in names}
+    run = SimpleNamespace(**run, weights=Path(args.weights or folder / "model.pt"))
     run.res = run.res or (MODELS[run.arch].res if run.data == "imagenet" and run.arch in MODELS else 32)
     return run
 
 
-def open_model(run, device, classes=None):
-    """A trained network in eval mode, channels last on a GPU, and a hash of its weights."""
-    net = build(run.arch, run.act, run.num_classes or len(classes), run.act_alpha, bn_eps=run.bn_eps or 1e-5,
-                small_input=run.data != "imagenet" if run.small_input is None else run.small_input)
+def open_model(run, images, device):
+    """The trained network in eval mode, channels last on a GPU, and a hash of its weights."""
+    small_input = images.small_input if run.small_input is None else run.small_input
+    net = build(run.arch, run.act, len(images.classes), run.act_alpha, small_input=small_input, bn_eps=run.bn_eps or 1e-5)
     load_weights(net, run.weights)
     digest = hashlib.sha256()
     for name, tensor in sorted(net.state_dict().items()):
@@ -440,21 +365,81 @@ def open_model(run, device, classes=None):
     return net.to(device, memory_format=layout).eval(), digest.hexdigest()[:12]
 
 
-def report_lines(r):
-    """The report of a JSON object, as a person reads it."""
-    def line(name, k):
-        low, high = wilson(k, r["n"])
-        return f"{name:<9} {100 * k / r['n']:6.2f}%  {k} of {r['n']}, 95% interval {100 * low:.2f} to {100 * high:.2f}"
+def progress(began, n_done, n, what=""):
+    """Show how far work is since `began`; Stopped if a signal came."""
+    stop_if_asked()
+    spent = time.time() - began
+    eta = duration(spent / n_done * (n - n_done)) if n_done else "?"
+    show(f"{what}{int(n_done)}/{n} images | {duration(spent)} | eta {eta}")
 
-    attack = f"PGD-{r['steps']}, step {r['step_size']:g}, restarts {r['restarts']}, " + (
-        "verdict of the last iterate (SAT's protocol)" if r["last_iterate"] else "verdict of every iterate")
+
+def measure_pgd(job, ledger, members):
+    """PGD on those of `members` that have no ledger line yet -> counts."""
+    left = torch.tensor([i for i in members if (i, None) not in ledger.lines], dtype=torch.long)
+    began, done = time.time(), 0
+    queue = pgd_queue(
+        job.model, data.eval_batches(job.images, left, job.slots, job.workers, job.device), job.slots, job.eps / 255,
+        job.step_size / 255, job.steps, job.restarts, job.seed, job.exact, job.last_iterate, job.loss_scale,
+        lambda: progress(began, done, len(left)))
+    for line in queue:
+        ledger.write(line)
+        done += 1
+    return tally([ledger.lines[i, None] for i in members], job.steps)
+
+
+def measure_autoattack(job, ledger, members):
+    """The attacks one after the other, each on all images that the ones before left -> counts, seconds, warnings."""
+    counts, seconds, warnings = {"n": len(members)}, [], {}
+    counts.update(fooled=[], forwards_by=[])
+    for name in ATTACKS[job.attack]:
+        left = [i for i in members if (i, name) not in ledger.lines]
+        began, done = time.time(), 0
+        for index, x, y in data.eval_batches(job.images, torch.tensor(left, dtype=torch.long), job.slots, job.workers,
+                                             job.device):
+            _, report = autoattack(
+                job.model, x, y, job.eps / 255, index, job.seed, job.exact, (name,), lambda _, step, steps, n: progress(
+                    began, done + len(x) * step / steps, len(left), f"{name} "))
+            for i, label, guess, by, cost in zip(index.tolist(), y.tolist(), report["clean"].tolist(),
+                                                 report["fooled_by"], report["forwards"].tolist()):
+                ledger.write({"index": i, "label": label, "clean": guess, "attack": name, "fell": by is not None,
+                              "forwards": cost})
+            done += len(x)
+            for warning in report["warnings"]:
+                warnings.setdefault(warning.partition(":")[0], warning)
+        seconds.append(round(time.time() - began, 1))
+        lines = [ledger.lines[i, name] for i in members]
+        counts.setdefault("n_correct", sum(line["clean"] == line["label"] for line in lines))
+        counts["fooled"].append(sum(line["fell"] for line in lines))
+        counts["forwards_by"].append(sum(line["forwards"] for line in lines))
+        members = [line["index"] for line in lines if line["clean"] == line["label"] and not line["fell"]]
+    counts.update(n_robust=len(members), forwards=sum(counts["forwards_by"]))
+    return counts, seconds, list(warnings.values())
+
+
+def report_lines(r):
+    """A report as a person reads it."""
+    def line(name, k, n):
+        low, high = wilson(k, n)
+        return f"{name:<9} {100 * k / n:6.2f}%  {k} of {n}, 95% interval {100 * low:.2f} to {100 * high:.2f}"
+
     yield f"{r['weights']}: {r['arch']} {r['act']} on {r['data']} at {r['res']} px"
-    yield f"eps {r['eps']:g}/255, {attack}, {r['dtype']}, seed {r['seed']}"
-    yield line("clean", r["n_correct"])
-    yield line("robust", r["n_robust"])
-    marks = [k for k in (0, 1, 2, 5, 10, 20, 50, 100, 200) if k < r["steps"]] + [r["steps"]]
-    yield "after     " + "  ".join(f"{k}: {100 * r['robust_after'][k] / r['n']:.2f}%" for k in marks)
+    if r["attack"] == "pgd":
+        protocol = "last iterate, SAT's protocol" if r["last_iterate"] else "every iterate"
+        yield (f"PGD-{r['steps']}, eps {r['eps']:g}, step {r['step_size']:g}, restarts {r['restarts']}, seed {r['seed']}, "
+               f"{r['dtype']}, verdict of {protocol}")
+    else:
+        yield f"{r['attack']} ({', '.join(r['attacks'])}), eps {r['eps']:g}, seed {r['seed']}, {r['dtype']}"
+    yield line("clean", r["n_correct"], r["n"])
+    yield line("robust", r["n_robust"], r["n"])
+    if r["attack"] == "pgd":
+        marks = [k for k in (0, 1, 2, 5, 10, 20, 50, 100) if k < r["steps"]] + [r["steps"]]
+        yield "after     " + "  ".join(f"{k}: {100 * r['robust_after'][k] / r['n']:.2f}%" for k in marks)
+    for name, a in r.get("attacks", {}).items():
+        yield (f"{name:<9} {-100 * a['fooled'] / r['n']:6.2f}%  {a['fooled']} fell; {a['forwards']} forwards, "
+               f"{duration(a['seconds'])}")
     yield f"cost      {r['forwards']} forwards, {duration(r['seconds'])} on {r['processes']} x {r['device']}"
+    for warning in r.get("warnings", []):
+        yield f"warning   {warning}"
     if r["paper"]:
         clean, robust = ("-" if v is None else f"{v}%" for v in r["paper"])
         yield f"paper     clean {clean}, robust {robust} (PGD-200, eps 4, step 1, last iterate, 50,000 images)"
@@ -465,70 +450,64 @@ def main():
     run = find_run(args)
     device, rank, world = open_device(args.device)
     eps, step_size, steps = (default if given is None else given for given, default in
-                             zip((args.eps, args.step_size, args.steps), ATTACK[run.data]))
-    if not (eps >= 0 and step_size >= 0 and steps >= 0 and (steps == 0 or step_size > 0)):
-        raise SystemExit(f"--eps {eps:g} --step-size {step_size:g} --steps {steps} attack nothing; eps has to be >= 0, "
-                         "and steps need a step size > 0")
+                             zip((args.eps, args.step_size, args.steps), PGD[run.data]))
+    if min(eps, steps) < 0 or (steps and step_size <= 0):
+        raise SystemExit(f"--eps {eps:g} --steps {steps} --step-size {step_size:g} is no attack; eps and steps are 0 or "
+                         "more, and steps need a step size above 0")
     if args.restarts < 1 or (args.last_iterate and args.restarts > 1):
-        raise SystemExit(f"--restarts {args.restarts}: at least 1, and with --last-iterate no more than 1")
-    if args.limit is not None and args.limit < 1:
-        raise SystemExit(f"--limit {args.limit} leaves no image; use 1 or more")
+        raise SystemExit(f"--restarts {args.restarts}; use 1 or more, with --last-iterate exactly 1")
+    if min(args.limit or 1, args.batch_size or 1) < 1:
+        raise SystemExit("--limit and --batch-size need 1 or more")
 
     images = data.load(run.data, run.data_dir, False, run.res, run.classes, device=device)
-    net, digest = open_model(run, device, images.classes)
-    n_classes = run.num_classes or len(images.classes)
-    plain = attacker_view(net)
-    exact = in_precision(plain, "fp32", device)
-    model = exact
-    if args.dtype != "fp32" or args.smooth_backward != "none":
-        model = in_precision(attacker_view(net, args.smooth_backward == "attacker"), args.dtype, device)
+    net, digest = open_model(run, images, device)
+    view = attacker_view(net, args.smooth_backward == "attacker")
+    job = SimpleNamespace(
+        **vars(args) | dict(eps=eps, step_size=step_size, steps=steps, device=device), images=images,
+        model=in_precision(view, args.dtype, device), loss_scale=128.0 if args.dtype == "fp16" else 1.0,
+        exact=None if args.dtype == "fp32" else in_precision(attacker_view(net), "fp32", device),
+        slots=args.batch_size or (100 if device.type == "cpu" else 256 if run.data == "imagenet" else 512))
+    job.workers = data.loader_processes(args.workers, run.data, world)
 
     # The ledger's name changes with everything that can change a verdict
+    pgd = f"-step{step_size:g}-{steps}x{args.restarts}{'-last' * args.last_iterate}" if args.attack == "pgd" else ""
     identity = data.key(digest, images.fingerprint, run.arch, run.act, run.act_alpha, run.bn_eps, args.smooth_backward,
                         args.dtype, device.type)
-    name = (f"pgd-eps{eps:g}-step{step_size:g}-{steps}x{args.restarts}-seed{args.seed}"
-            f"{'-last' if args.last_iterate else ''}-{identity:016x}"[:-8])
-    ledger = Ledger(Path(args.out) / "eval", name, rank, args.fresh)
-    members = data.subset(images.n, args.limit)[rank::world]
-    left = torch.tensor([i for i in members.tolist() if (i, None) not in ledger.lines], dtype=torch.long)
-    finished = len(members) - len(left)
-    if rank == 0 and finished:
-        say(f"{finished} of {len(members)} images are decided already ({ledger.file.name}); --fresh starts over")
+    ledger = Ledger(Path(args.out) / "eval", f"{args.attack}-eps{eps:g}{pgd}-seed{args.seed}-{identity % 16**8:08x}", rank,
+                    args.fresh)
+    members = data.subset(images.n, args.limit)[rank::world].tolist()
+    before = len(ledger.lines)
+    if before and rank == 0:
+        say(f"going on from {before} lines in {ledger.file.name}; --fresh starts over")
 
     listen()
-    batch_size = args.batch_size or (100 if device.type == "cpu" else 256 if run.data == "imagenet" else 512)
-    workers = loader_processes(args.workers, run.data, world)
-    began, n_done = time.time(), 0
-
-    def tick():
-        stop_if_asked()
-        spent = time.time() - began
-        show(f"{finished + n_done}/{len(members)} images | {duration(spent)} | "
-             f"eta {duration(spent / n_done * (len(left) - n_done)) if n_done else '?'}")
-
-    queue = pgd_queue(
-        model, data.eval_batches(images, left, batch_size, workers, device), batch_size, eps / 255, step_size / 255,
-        steps, args.restarts, args.seed, None if model is exact else exact, args.last_iterate,
-        128.0 if args.dtype == "fp16" else 1.0, tick)
+    began, extra = time.time(), {}
     try:
-        for line in queue:
-            ledger.write(line)
-            n_done += 1
+        if args.attack == "pgd":
+            counts = summed(measure_pgd(job, ledger, members), device)
+        else:
+            counts, seconds, warnings = measure_autoattack(job, ledger, members)
+            counts = summed(counts, device)
+            attacks = {name: {"fooled": k, "forwards": f, "seconds": s} for name, k, f, s in zip(
+                ATTACKS[args.attack], counts.pop("fooled"), counts.pop("forwards_by"), seconds)}
+            warnings += doubts(counts["n"], {name: a["fooled"] for name, a in attacks.items()})
+            extra = {"attacks": attacks, "warnings": warnings}
     except Stopped:
-        say(f"stopped at {finished + n_done}/{len(members)} images; the same command goes on")
+        say(f"stopped after {len(ledger.lines) - before} lines of the ledger; the same command goes on")
         raise SystemExit(75)
 
-    counts = summed(tally([ledger.lines[i, None] for i in members.tolist()], steps), device)
-    paper = PAPER.get((run.arch, run.act, run.res)) if run.data == "imagenet" and (eps, n_classes) == (4, 1000) else None
+    paper = PAPER.get((run.arch, run.act, run.res)) if len(images.classes) == 1000 and eps == 4 else None
     report = {
         "weights": str(run.weights), "hash": digest, "data": run.data, "arch": run.arch, "act": run.act,
-        "act_alpha": run.act_alpha, "res": run.res, "attack": "pgd", "eps": eps, "step_size": step_size, "steps": steps,
-        "restarts": args.restarts, "last_iterate": args.last_iterate, "smooth_backward": args.smooth_backward,
-        "seed": args.seed, "dtype": args.dtype, **counts, "interval": wilson(counts["n_robust"], counts["n"]),
-        "seconds": round(time.time() - began, 1), "processes": world, "device": device_name(device), "paper": paper}
+        "act_alpha": run.act_alpha, "res": run.res, "attack": args.attack, "eps": eps, "step_size": step_size,
+        "steps": steps, "restarts": args.restarts, "last_iterate": args.last_iterate, "seed": args.seed,
+        "smooth_backward": args.smooth_backward, "dtype": args.dtype, **counts, **extra, "paper": paper,
+        "interval": wilson(counts["n_robust"], counts["n"]), "seconds": round(time.time() - began, 1),
+        "processes": world, "device": device_name(device)}
     if rank == 0:
-        if not len(left) and ledger.report.exists() and not args.limit:
-            report = json.loads(ledger.report.read_text())
+        if len(ledger.lines) == before and ledger.report.exists():  # nothing was left to do
+            old = json.loads(ledger.report.read_text())
+            report = old if old["n"] == report["n"] else report
         ledger.report.write_text(json.dumps(report))
         for text in report_lines(report):
             say(text)
@@ -536,17 +515,6 @@ def main():
             Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def loader_processes(workers, name, world):
-    """--workers, or as many as the cores allow each process; data in memory needs none."""
-    if workers is not None:
-        return workers
-    return 0 if name != "imagenet" else max(1, min(12, len(os.sched_getaffinity(0)) // world - 1))
-
-
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 if __name__ == "__main__":

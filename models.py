@@ -7,8 +7,10 @@ Keys and shapes are torchvision's wherever torchvision has the network: weights 
 
 Keys: RN is He et al. 2015 (arXiv:1512.03385), EN is Tan & Le 2019 (arXiv:1905.11946).
 """
+import contextlib
 import copy
 import math
+import zipfile
 from functools import partial
 from typing import NamedTuple
 
@@ -296,3 +298,63 @@ def attacker_view(train_net, smooth_backward=False, batch_stats=False):
         if batch_stats and isinstance(m, nn.BatchNorm2d):
             m.running_mean = m.running_var = m.num_batches_tracked = None
     return view
+
+
+# How a network runs, and where its weights come from
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextlib.contextmanager
+def precision(dtype, device):
+    """What runs inside runs in fp32 (TF32 off), tf32, or under bf16 or fp16 autocast."""
+    knobs = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [knob.fp32_precision for knob in knobs]
+    for knob in knobs:
+        knob.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    try:
+        with torch.autocast(device.type, AUTOCAST.get(dtype), enabled=dtype in AUTOCAST):
+            yield
+    finally:
+        for knob, was in zip(knobs, before):
+            knob.fp32_precision = was
+
+
+def in_precision(net, dtype, device):
+    """net as a plain callable that runs in `dtype` wherever it is called."""
+    def model(x):
+        with precision(dtype, device):
+            return net(x)
+    return model
+
+
+def load_file(path):
+    """A file of tensors and plain Python, on the CPU. SystemExit if missing, damaged or anything else."""
+    try:
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"{damaged} does not match its checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise SystemExit(f"no file {path}; train first, or say where with --out or --weights")
+    except Exception as error:  # a dozen kinds, according to where the damage is
+        raise SystemExit(f"{path} is damaged or not a file of weights ({str(error).splitlines()[0]})")
+
+
+def load_weights(net, path):
+    """Load a state dict, bare or under "model" or "state_dict". SystemExit if it does not fit exactly."""
+    state = load_file(path)
+    for name in ("model", "state_dict"):
+        state = state.get(name, state) if isinstance(state, dict) else {}
+    state = {name.removeprefix("module."): t for name, t in state.items() if torch.is_tensor(t)}
+    mine = {name: tuple(t.shape) for name, t in net.state_dict().items()}
+    theirs = {name: tuple(t.shape) for name, t in state.items()}
+    odd = sorted(name for name in mine | theirs if mine.get(name) != theirs.get(name))
+    if odd:
+        raise SystemExit(
+            f"{path} does not fit this network: {len(odd)} of {len(mine)} tensors differ, e.g. {odd[0]} is "
+            f"{theirs.get(odd[0], 'absent')} in the file and {mine.get(odd[0], 'absent')} here; "
+            "give the --arch, --act and --data that the weights were trained with")
+    net.load_state_dict(state)

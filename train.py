@@ -37,9 +37,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 from activations import ACTIVATIONS
 from attacks import pgd, uniform
-from evaluate import (Stopped, asked, device_name, duration, in_precision, listen, load_file, load_weights,
-                      loader_processes, open_device, pgd_queue, precision, say, show, stop_if_asked, summed, tally)
-from models import MODELS, attacker_view, build
+from evaluate import (Stopped, asked, device_name, duration, listen, open_device, pgd_queue, progress, say, show, summed,
+                      tally)
+from models import MODELS, attacker_view, build, in_precision, load_file, precision
 
 # --data picks the defaults of all other flags
 RECIPES = {
@@ -221,12 +221,9 @@ def validate(run, net):
     batches = data.eval_batches(run.images, held, slots, run.workers, run.device)
     began, lines = time.time(), []
 
-    def tick():
-        stop_if_asked()
-        show(f"validation {len(lines)}/{len(held)} | {duration(time.time() - began)}")
-
     queue = pgd_queue(model, batches, slots, args.eps / 255, args.eps / 4 / 255, 10, seed=args.seed,
-                      exact=None if model is exact else exact, loss_scale=loss_scale(args), tick=tick)
+                      exact=None if model is exact else exact, loss_scale=loss_scale(args),
+                      tick=lambda: progress(began, len(lines), len(held), "validation "))
     for line in queue:
         lines.append(line)
     return tally(lines, 10)
@@ -394,7 +391,7 @@ def set_up(args):
         assert mine.data_ptr() == theirs.data_ptr(), "the two views must share their storage"
     vars(run).update(
         images=images, members=members, held=held, n_steps=n_steps, log=log, out=Path(args.out), saved=time.time(),
-        unreadable=set(), workers=loader_processes(args.workers, args.data, world),
+        unreadable=set(), workers=data.loader_processes(args.workers, args.data, world),
         votes=dist.new_group(backend="gloo", timeout=timedelta(hours=24)) if world > 1 else None)
     return run
 
