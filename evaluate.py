@@ -5,7 +5,7 @@ After `python train.py ...`, with no other flag:
 $ python evaluate.py --steps 200 --eps 4
 The number to quote, and the paper's protocol on 8 GPUs with any state dict:
 $ python evaluate.py --attack autoattack
-$ torchrun --standalone --nproc_per_node=8 evaluate.py --last-iterate --weights FILE --arch resnet50 --act silu
+$ torchrun --nproc_per_node=8 evaluate.py --last-iterate --weights FILE --arch resnet50 --act silu
 
 An image counts as robust only if no iterate of any restart fools the model. Its verdict depends on the
 weights, the attack and (seed, index, restart): not on batch size, order or the number of processes.
@@ -27,50 +27,52 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 import data
-from attacks import STANDARD, autoattack, ball, doubts, input_gradient, uniform
+from attacks import STANDARD, autoattack, doubts, pgd_queue
 from models import MODELS, attacker_view, build, in_precision, load_weights
 
 PGD = {"imagenet": (4, 1, 200), "cifar10": (8, 2, 50), "shapes": (8, 2, 50)}  # eps, step size, steps
 ATTACKS = {"pgd": (), "apgd": STANDARD[:2], "autoattack": STANDARD}
 
 PAPER = {  # (arch, act, res): clean and robust in percent, PGD-200 at eps 4; None where only drawn
-    ("resnet50", "relu", 224): (68.8, 33.0), ("resnet50", "psoftplus", 224): (None, 38.7),  # Table 1, Sec. 4.1
-    ("resnet50", "smoothrelu", 224): (69.4, 40.3), ("resnet50", "elu", 224): (None, 41.1),  # Sec. 4.2, Table 2
-    ("resnet50", "silu", 224): (69.7, 42.3), ("resnet101", "silu", 224): (72.9, 45.5),  # Table 3
+    # Table 1, Sec. 4.1 and 4.2, Table 2
+    ("resnet50", "relu", 224): (68.8, 33.0), ("resnet50", "psoftplus", 224): (None, 38.7),
+    ("resnet50", "smoothrelu", 224): (69.4, 40.3), ("resnet50", "elu", 224): (None, 41.1),
+    # Table 3, its ReLU counterparts in Sec. 5.1, Sec. 5.2
+    ("resnet50", "silu", 224): (69.7, 42.3), ("resnet101", "silu", 224): (72.9, 45.5),
     ("resnet152", "silu", 224): (73.9, 46.0), ("resnext50_32x4d", "silu", 224): (71.2, 42.5),
     ("resnext50_32x8d", "silu", 224): (73.6, 45.1), ("resnet50", "silu", 299): (70.9, 43.8),
     ("resnet50", "silu", 380): (71.6, 44.1), ("resnext152_32x8d", "silu", 380): (78.2, 51.2),
-    ("resnet152", "relu", 224): (None, 39.4), ("resnext50_32x8d", "relu", 224): (None, 36.7),  # Sec. 5.1
+    ("resnet152", "relu", 224): (None, 39.4), ("resnext50_32x8d", "relu", 224): (None, 36.7),
     ("resnet50", "relu", 380): (None, 36.9), ("resnext152_32x8d", "relu", 380): (None, 46.3),
-    ("efficientnet_b0", "silu", 224): (65.1, 37.6), ("efficientnet_b7", "silu", 600): (79.8, 57.0),  # Sec. 5.2
+    ("efficientnet_b0", "silu", 224): (65.1, 37.6), ("efficientnet_b7", "silu", 600): (79.8, 57.0),
     ("efficientnet_l1", "silu", 600): (80.5, 58.0),
 }
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     # what to measure
     p.add_argument("--out", default="out", help="a run's folder: its model.pt, network and data")
-    p.add_argument("--weights", help="a state dict instead; args.json beside it, or the next flags, tell the rest")
+    p.add_argument("--weights", help="a state dict; args.json beside it or the next flags tell the rest")
     p.add_argument("--data", choices=data.FOLDERS, help="default: the run's, or imagenet")
     p.add_argument("--data-dir", help="default: the run's, or data/imagenet, or data")
     p.add_argument("--arch", help="default: the run's; " + ", ".join(MODELS))
     p.add_argument("--act", help="default: the run's")
-    p.add_argument("--act-alpha", type=float, help="the activation's sharpness; default: the run's, or the paper's")
-    p.add_argument("--bn-eps", type=float, help="default: the run's, or 1e-5; torchvision's b5 to b7 need 1e-3")
+    p.add_argument("--act-alpha", type=float, help="its sharpness; default: the run's")
+    p.add_argument("--bn-eps", type=float, help="default: the run's; torchvision's b5 to b7: 1e-3")
     p.add_argument("--res", type=int, help="pixels; default: the run's, or the network's own")
     p.add_argument("--limit", type=int, help="images: the first of one fixed permutation; default: all")
     # the attack
-    p.add_argument("--attack", default="pgd", choices=ATTACKS, help="apgd: AutoAttack's first two, a fifth of its cost")
+    p.add_argument("--attack", default="pgd", choices=ATTACKS, help="apgd: AutoAttack's first two")
     p.add_argument("--steps", type=int, help="of PGD; default: imagenet 200, else 50")
     p.add_argument("--eps", type=float, help="L-inf radius in 1/255; default: imagenet 4, else 8")
     p.add_argument("--step-size", type=float, help="of PGD, in 1/255; default: imagenet 1, else 2")
-    p.add_argument("--restarts", type=int, default=1, help="random starts of PGD that an image has to survive")
-    p.add_argument("--last-iterate", action="store_true", help="SAT's protocol: the last iterate's verdict")
-    p.add_argument("--smooth-backward", default="none", choices=["none", "attacker"], help="SAT Sec. 3.2, relu only")
+    p.add_argument("--restarts", type=int, default=1, help="random starts of PGD to survive")
+    p.add_argument("--last-iterate", action="store_true", help="SAT's protocol")
+    p.add_argument("--smooth-backward", default="none", choices=["none", "attacker"], help="SAT Sec. 3.2")
     p.add_argument("--seed", type=int, default=0, help="of the random starts")
     # how
     p.add_argument("--dtype", default="fp32", choices=["fp32", "tf32", "bf16", "fp16"],
@@ -89,7 +91,8 @@ def open_device(name):
     """Where this process runs -> device, torchrun's rank and world (0 and 1 without it)."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    known = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, **os.environ}
+    rank, world, local = (int(known[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
         raise SystemExit(f"--device {name} is not here; use cpu, or auto")
     device = torch.device(f"cuda:{local}" if name == "cuda" else name)
@@ -140,130 +143,12 @@ def say(text):
 
 
 def duration(seconds):
-    """3h12m, 4m05s or 7s."""
-    minutes, s = divmod(int(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{s:02d}s" if minutes else f"{s}s"
+    """3h12m, or below an hour 4m05s."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
 
 
-# The work queue
-
-def wrong(logits, y):
-    """(N,) bool: another class than y, or no number at all."""
-    return (logits.argmax(1) != y) | ~logits.isfinite().all(1)
-
-
-def random_start(x, eps, seed, index, restart):
-    """The offset of a PGD start, as x: a function of (seed, index, restart) alone."""
-    return (2 * uniform(seed, index, (0, restart), x.shape[1:]) - 1) * eps
-
-
-def pgd_queue(model, batches, slots, eps, step_size, steps, restarts=1, seed=0, exact=None,
-              last_iterate=False, loss_scale=1.0, tick=lambda: None):
-    """PGD on every image of `batches`, (index, x, y) each; yields a ledger line, a dict, as one is decided.
-
-    Every step is one forward and one input gradient on all slots, each slot at its own step of its own
-    image. The forward's logits say whether its iterate fools: then the image leaves and the next moves in,
-    so the batch stays full and no work goes to decided images. Steps count gradients: 0 is the random start.
-    exact: the float32 model, which has to agree before an image is called fooled. tick: called at each step.
-    With last_iterate nothing leaves early, and "verdicts" holds a 1 for each iterate that does not fool.
-    """
-    source, more, n_busy, s = iter(batches), True, 0, None
-    waiting = None  # index, x, y, clean prediction of the images without a slot
-    while True:
-        # Read until every free slot can be filled; what the model gets wrong by itself is decided
-        while more and (waiting is None or len(waiting[0]) < slots - n_busy):
-            batch = next(source, None)
-            if batch is None:
-                more = False
-                break
-            tick()
-            index, x, y = batch
-            with torch.no_grad():
-                logits = (exact or model)(x)
-            clean = torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
-            attacked = torch.ones_like(y, dtype=torch.bool) if last_iterate else clean == y
-            for i, label, guess in torch.stack((index, y, clean), 1)[~attacked].tolist():
-                yield {"index": i, "label": label, "clean": guess, "fell": None, "forwards": 1}
-            arrived = [t[attacked] for t in (index, x, y, clean)]
-            waiting = arrived if waiting is None else [torch.cat(pair) for pair in zip(waiting, arrived)]
-        if s is None:
-            if waiting is None or not len(waiting[0]):
-                return
-            slots = min(slots, len(waiting[0]))
-            s = empty_slots(waiting, slots, steps)
-
-        # Move in
-        k = min(slots - n_busy, len(waiting[0]))
-        if k:
-            free = (~s.busy).nonzero().flatten()[:k]
-            s.index[free], s.x[free], s.y[free], s.clean[free] = (t[:k] for t in waiting)
-            waiting = [t[k:] for t in waiting]
-            s.lower[free], s.upper[free] = ball(s.x[free], eps)
-            s.busy[free], s.restart[free], s.forwards[free] = True, 0, 1
-            begin(s, free, eps, seed)
-            n_busy += k
-        if n_busy == 0:
-            return
-        while n_busy <= slots // 2:  # nothing is left to move in: shrink by halves, each shape costs a graph
-            slots //= 2
-            busiest = s.busy.long().argsort(descending=True, stable=True)[:slots]
-            s = SimpleNamespace(**{name: t[busiest] for name, t in vars(s).items()})
-
-        # One step
-        tick()
-        if bool((s.busy & (s.step < steps)).any()):
-            logits, grad = input_gradient(
-                model, s.x_adv, lambda logits: loss_scale * F.cross_entropy(logits, s.y, reduction="none"))
-        else:
-            with torch.no_grad():
-                logits, grad = model(s.x_adv), torch.zeros_like(s.x_adv)
-        s.forwards += s.busy
-        fooled = wrong(logits, s.y) & s.busy
-        if exact is not None:
-            doubt = fooled.nonzero().flatten()
-            with torch.no_grad():
-                fooled[doubt] = wrong(exact(s.x_adv[doubt]), s.y[doubt]) if len(doubt) else fooled[doubt]
-            s.forwards[doubt] += 1
-
-        # Leave, begin again, or go on
-        at_end = s.step >= steps
-        if last_iterate:
-            s.robust.scatter_(1, s.step.clamp(max=steps)[:, None], ~fooled[:, None])
-            again, leaves = torch.zeros_like(at_end), s.busy & at_end
-        else:
-            again = s.busy & ~fooled & at_end & (s.restart + 1 < restarts)
-            leaves = s.busy & (fooled | at_end) & ~again
-        gone = leaves.nonzero().flatten()
-        facts = torch.stack((s.index, s.y, s.clean, s.forwards, s.restart, s.step, fooled), 1)[gone].tolist()
-        for (i, label, guess, forwards, restart, step, fell), robust in zip(facts, s.robust[gone].tolist()):
-            verdict = {"verdicts": "".join(map(str, map(int, robust)))} if last_iterate else {
-                "fell": [restart, step] if fell else None}
-            yield {"index": i, "label": label, "clean": guess, **verdict, "forwards": forwards}
-        s.busy &= ~leaves
-        n_busy -= len(gone)
-        s.x_adv = torch.clamp(s.x_adv + step_size * grad.sign(), s.lower, s.upper)
-        s.step += 1
-        if restarts > 1 and len(again := again.nonzero().flatten()):
-            s.restart[again] += 1
-            begin(s, again, eps, seed)
-
-
-def empty_slots(like, slots, steps):
-    """Room for `slots` images shaped as those in `like`."""
-    index, x = like[0], like[1][:slots]
-    number = torch.zeros_like(index[:slots])
-    return SimpleNamespace(
-        x=x.clone(), x_adv=x.clone(), lower=x.clone(), upper=x.clone(), y=number.clone(), index=number.clone(),
-        clean=number.clone(), step=number.clone(), restart=number.clone(), forwards=number.clone(),
-        busy=number.bool(), robust=torch.zeros(slots, steps + 1, dtype=torch.bool, device=x.device))
-
-
-def begin(s, where, eps, seed):
-    """Put the slots `where` at the random start of their image's current restart."""
-    noise = random_start(s.x[where], eps, seed, s.index[where], s.restart[where])
-    s.x_adv[where] = torch.clamp(s.x[where] + noise, s.lower[where], s.upper[where])
-    s.step[where] = 0
-
+# Counts
 
 def tally(lines, steps):
     """Ledger lines -> dict of counts: n, n_correct, n_robust, robust_after each step, forwards."""
@@ -281,12 +166,11 @@ def tally(lines, steps):
 
 
 def summed(counts, device):
-    """Counts of one process -> counts of all: exact integers, nothing padded, nothing counted twice."""
-    flat = torch.tensor([v for c in counts.values() for v in (c if isinstance(c, list) else [c])], device=device)
-    if dist.is_initialized():
-        dist.all_reduce(flat)
-    flat = iter(flat.tolist())
-    return {name: [next(flat) for _ in c] if isinstance(c, list) else next(flat) for name, c in counts.items()}
+    """Counts of one process, ints or lists of ints by name -> counts of all processes."""
+    total = {name: torch.tensor(count, device=device) for name, count in counts.items()}
+    for count in total.values() if dist.is_initialized() else ():
+        dist.all_reduce(count)
+    return {name: count.tolist() for name, count in total.items()}
 
 
 def wilson(k, n, z=1.959964):
@@ -319,9 +203,11 @@ class Ledger:
         self.file.seek(0)
         whole = self.file.read().rpartition("\n")[0]
         self.file.truncate(len(whole) + bool(whole))  # a line torn by a kill is dropped
+        # A lock falls when any handle of its file is closed, so ours is not opened a second time
+        others = set(folder.glob(f"{name}.*.jsonl")) - {Path(self.file.name)}
         self.lines = {}
-        for path in folder.glob(f"{name}.*.jsonl"):
-            for line in map(json.loads, path.read_text().split("\n")[:-1]):
+        for text in (whole + "\n", *(path.read_text() for path in others)):
+            for line in map(json.loads, filter(None, text.split("\n")[:-1])):
                 self.lines[line["index"], line.get("attack")] = line
 
     def write(self, line):
@@ -337,10 +223,10 @@ def find_run(args):
     if (folder / "args.json").exists():
         run = json.loads((folder / "args.json").read_text())
     elif args.weights is None:
-        raise SystemExit(f"no run in {folder} (no args.json); train one with python train.py --data shapes, "
-                         "or give --weights FILE --arch ARCH --act ACT --data DATA")
+        raise SystemExit(f"no run in {folder} (no args.json); train one, python train.py --data shapes, or "
+                         "give --weights FILE --arch ARCH --act ACT --data DATA")
     elif args.arch is None or args.act is None:
-        raise SystemExit(f"--weights {args.weights} needs --arch and --act of the network that has these weights")
+        raise SystemExit(f"--weights {args.weights} needs the --arch and --act that it was trained with")
     else:
         run = {"data": args.data or "imagenet"}
     if args.data not in (None, run["data"]):  # other data has its own folder and resolution
@@ -356,7 +242,8 @@ def find_run(args):
 def open_model(run, images, device):
     """The trained network in eval mode, channels last on a GPU, and a hash of its weights."""
     small_input = images.small_input if run.small_input is None else run.small_input
-    net = build(run.arch, run.act, len(images.classes), run.act_alpha, small_input=small_input, bn_eps=run.bn_eps or 1e-5)
+    net = build(run.arch, run.act, len(images.classes), run.act_alpha, small_input=small_input,
+                bn_eps=run.bn_eps or 1e-5)
     load_weights(net, run.weights)
     digest = hashlib.sha256()
     for name, tensor in sorted(net.state_dict().items()):
@@ -377,32 +264,32 @@ def measure_pgd(job, ledger, members):
     """PGD on those of `members` that have no ledger line yet -> counts."""
     left = torch.tensor([i for i in members if (i, None) not in ledger.lines], dtype=torch.long)
     began, done = time.time(), 0
-    queue = pgd_queue(
-        job.model, data.eval_batches(job.images, left, job.slots, job.workers, job.device), job.slots, job.eps / 255,
-        job.step_size / 255, job.steps, job.restarts, job.seed, job.exact, job.last_iterate, job.loss_scale,
-        lambda: progress(began, done, len(left)))
-    for line in queue:
+    batches = data.eval_batches(job.images, left, job.slots, job.workers, job.device)
+    for line in pgd_queue(
+            job.model, batches, job.slots, job.eps / 255, job.step_size / 255, job.steps, job.restarts,
+            job.seed, job.exact, job.last_iterate, job.loss_scale, lambda: progress(began, done, len(left))):
         ledger.write(line)
         done += 1
     return tally([ledger.lines[i, None] for i in members], job.steps)
 
 
 def measure_autoattack(job, ledger, members):
-    """The attacks one after the other, each on all images that the ones before left -> counts, seconds, warnings."""
-    counts, seconds, warnings = {"n": len(members)}, [], {}
-    counts.update(fooled=[], forwards_by=[])
+    """Each attack on all images that the ones before it left -> counts, seconds, warnings."""
+    counts, seconds, warnings = {"n": len(members), "fooled": [], "forwards_by": []}, [], {}
     for name in ATTACKS[job.attack]:
-        left = [i for i in members if (i, name) not in ledger.lines]
+        left = torch.tensor([i for i in members if (i, name) not in ledger.lines], dtype=torch.long)
         began, done = time.time(), 0
-        for index, x, y in data.eval_batches(job.images, torch.tensor(left, dtype=torch.long), job.slots, job.workers,
-                                             job.device):
+
+        def tick(_, step, steps, n_undecided):
+            progress(began, done + len(x) * step / steps, len(left), f"{name} ")
+
+        for index, x, y in data.eval_batches(job.images, left, job.slots, job.workers, job.device):
             _, report = autoattack(
-                job.model, x, y, job.eps / 255, index, job.seed, job.exact, (name,), lambda _, step, steps, n: progress(
-                    began, done + len(x) * step / steps, len(left), f"{name} "))
-            for i, label, guess, by, cost in zip(index.tolist(), y.tolist(), report["clean"].tolist(),
-                                                 report["fooled_by"], report["forwards"].tolist()):
-                ledger.write({"index": i, "label": label, "clean": guess, "attack": name, "fell": by is not None,
-                              "forwards": cost})
+                job.model, x, y, job.eps / 255, index, job.seed, job.exact, (name,), tick)
+            rows = zip(index.tolist(), y.tolist(), report["clean"].tolist(), report["forwards"].tolist())
+            for (i, label, guess, forwards), by in zip(rows, report["fooled_by"]):
+                ledger.write({"index": i, "label": label, "clean": guess, "attack": name,
+                              "fell": by is not None, "forwards": forwards})
             done += len(x)
             for warning in report["warnings"]:
                 warnings.setdefault(warning.partition(":")[0], warning)
@@ -411,7 +298,8 @@ def measure_autoattack(job, ledger, members):
         counts.setdefault("n_correct", sum(line["clean"] == line["label"] for line in lines))
         counts["fooled"].append(sum(line["fell"] for line in lines))
         counts["forwards_by"].append(sum(line["forwards"] for line in lines))
-        members = [line["index"] for line in lines if line["clean"] == line["label"] and not line["fell"]]
+        members = [line["index"] for line in lines
+                   if line["clean"] == line["label"] and not line["fell"]]
     counts.update(n_robust=len(members), forwards=sum(counts["forwards_by"]))
     return counts, seconds, list(warnings.values())
 
@@ -420,13 +308,13 @@ def report_lines(r):
     """A report as a person reads it."""
     def line(name, k, n):
         low, high = wilson(k, n)
-        return f"{name:<9} {100 * k / n:6.2f}%  {k} of {n}, 95% interval {100 * low:.2f} to {100 * high:.2f}"
+        return f"{name:<9} {100 * k / n:6.2f}%  {k} of {n}, 95%: {100 * low:.2f} to {100 * high:.2f}"
 
     yield f"{r['weights']}: {r['arch']} {r['act']} on {r['data']} at {r['res']} px"
     if r["attack"] == "pgd":
         protocol = "last iterate, SAT's protocol" if r["last_iterate"] else "every iterate"
-        yield (f"PGD-{r['steps']}, eps {r['eps']:g}, step {r['step_size']:g}, restarts {r['restarts']}, seed {r['seed']}, "
-               f"{r['dtype']}, verdict of {protocol}")
+        yield (f"PGD-{r['steps']}, eps {r['eps']:g}, step {r['step_size']:g}, restarts {r['restarts']}, "
+               f"seed {r['seed']}, {r['dtype']}, verdict of {protocol}")
     else:
         yield f"{r['attack']} ({', '.join(r['attacks'])}), eps {r['eps']:g}, seed {r['seed']}, {r['dtype']}"
     yield line("clean", r["n_correct"], r["n"])
@@ -435,14 +323,15 @@ def report_lines(r):
         marks = [k for k in (0, 1, 2, 5, 10, 20, 50, 100) if k < r["steps"]] + [r["steps"]]
         yield "after     " + "  ".join(f"{k}: {100 * r['robust_after'][k] / r['n']:.2f}%" for k in marks)
     for name, a in r.get("attacks", {}).items():
-        yield (f"{name:<9} {-100 * a['fooled'] / r['n']:6.2f}%  {a['fooled']} fell; {a['forwards']} forwards, "
-               f"{duration(a['seconds'])}")
-    yield f"cost      {r['forwards']} forwards, {duration(r['seconds'])} on {r['processes']} x {r['device']}"
+        yield (f"{name:<9} {-100 * a['fooled'] / r['n']:6.2f}%  {a['fooled']} fell; "
+               f"{a['forwards']} forwards, {duration(a['seconds'])}")
+    yield (f"cost      {r['forwards']} forwards, {duration(r['seconds'])} on {r['processes']} x "
+           f"{r['device']}")
     for warning in r.get("warnings", []):
         yield f"warning   {warning}"
     if r["paper"]:
         clean, robust = ("-" if v is None else f"{v}%" for v in r["paper"])
-        yield f"paper     clean {clean}, robust {robust} (PGD-200, eps 4, step 1, last iterate, 50,000 images)"
+        yield f"paper     clean {clean}, robust {robust} (PGD-200, step 1, last iterate, 50,000 images)"
 
 
 def main():
@@ -452,8 +341,8 @@ def main():
     eps, step_size, steps = (default if given is None else given for given, default in
                              zip((args.eps, args.step_size, args.steps), PGD[run.data]))
     if min(eps, steps) < 0 or (steps and step_size <= 0):
-        raise SystemExit(f"--eps {eps:g} --steps {steps} --step-size {step_size:g} is no attack; eps and steps are 0 or "
-                         "more, and steps need a step size above 0")
+        raise SystemExit(f"--eps {eps:g} --steps {steps} --step-size {step_size:g} is no attack; eps and "
+                         "steps are 0 or more, and steps need a step size above 0")
     if args.restarts < 1 or (args.last_iterate and args.restarts > 1):
         raise SystemExit(f"--restarts {args.restarts}; use 1 or more, with --last-iterate exactly 1")
     if min(args.limit or 1, args.batch_size or 1) < 1:
@@ -470,11 +359,11 @@ def main():
     job.workers = data.loader_processes(args.workers, run.data, world)
 
     # The ledger's name changes with everything that can change a verdict
-    pgd = f"-step{step_size:g}-{steps}x{args.restarts}{'-last' * args.last_iterate}" if args.attack == "pgd" else ""
-    identity = data.key(digest, images.fingerprint, run.arch, run.act, run.act_alpha, run.bn_eps, args.smooth_backward,
-                        args.dtype, device.type)
-    ledger = Ledger(Path(args.out) / "eval", f"{args.attack}-eps{eps:g}{pgd}-seed{args.seed}-{identity % 16**8:08x}", rank,
-                    args.fresh)
+    pgd = f"-step{step_size:g}-{steps}x{args.restarts}{'-last' * args.last_iterate}" * (args.attack == "pgd")
+    identity = data.key(digest, images.fingerprint, run.arch, run.act, run.act_alpha, run.bn_eps,
+                        args.smooth_backward, args.dtype, device.type)
+    name = f"{args.attack}-eps{eps:g}{pgd}-seed{args.seed}-{identity % 16**8:08x}"
+    ledger = Ledger(Path(args.out) / "eval", name, rank, args.fresh)
     members = data.subset(images.n, args.limit)[rank::world].tolist()
     before = len(ledger.lines)
     if before and rank == 0:
@@ -499,9 +388,10 @@ def main():
     paper = PAPER.get((run.arch, run.act, run.res)) if len(images.classes) == 1000 and eps == 4 else None
     report = {
         "weights": str(run.weights), "hash": digest, "data": run.data, "arch": run.arch, "act": run.act,
-        "act_alpha": run.act_alpha, "res": run.res, "attack": args.attack, "eps": eps, "step_size": step_size,
-        "steps": steps, "restarts": args.restarts, "last_iterate": args.last_iterate, "seed": args.seed,
-        "smooth_backward": args.smooth_backward, "dtype": args.dtype, **counts, **extra, "paper": paper,
+        "act_alpha": run.act_alpha, "res": run.res, "attack": args.attack, "eps": eps,
+        "step_size": step_size, "steps": steps, "restarts": args.restarts, "seed": args.seed,
+        "last_iterate": args.last_iterate, "smooth_backward": args.smooth_backward, "dtype": args.dtype,
+        **counts, **extra, "paper": paper,
         "interval": wilson(counts["n_robust"], counts["n"]), "seconds": round(time.time() - began, 1),
         "processes": world, "device": device_name(device)}
     if rank == 0:

@@ -10,6 +10,7 @@ Keys: RN is He et al. 2015 (arXiv:1512.03385), EN is Tan & Le 2019 (arXiv:1905.1
 import contextlib
 import copy
 import math
+import os
 import zipfile
 from functools import partial
 from typing import NamedTuple
@@ -340,7 +341,8 @@ def load_file(path):
     except FileNotFoundError:
         raise SystemExit(f"no file {path}; train first, or say where with --out or --weights")
     except Exception as error:  # a dozen kinds, according to where the damage is
-        raise SystemExit(f"{path} is damaged or not a file of weights ({str(error).splitlines()[0]})")
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise SystemExit(f"{path} is damaged or not a file of weights ({reason})")
 
 
 def load_weights(net, path):
@@ -358,3 +360,24 @@ def load_weights(net, path):
             f"{theirs.get(odd[0], 'absent')} in the file and {mine.get(odd[0], 'absent')} here; "
             "give the --arch, --act and --data that the weights were trained with")
     net.load_state_dict(state)
+
+
+def save_file(path, content):
+    """Write tensors under a temporary name, flush to disk, rename: path is whole, old or new, at any moment.
+
+    The last.pt before stays as last.prev.pt. SystemExit where the disk is full or not ours.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == "last.pt" and path.exists():
+            path.replace(path.with_name("last.prev.pt"))
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise SystemExit(f"cannot write {path} ({str(error).splitlines()[0]}); the checkpoint before it is "
+                         "whole: make room, then go on with --resume")
