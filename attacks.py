@@ -196,8 +196,8 @@ def pgd_queue(model, batches, slots, eps, step_size, steps, restarts=1, seed=0, 
             x, zero = waiting[1][:slots], torch.zeros_like(waiting[0][:slots])
             s = Undecided(
                 index=zero.clone(), x=x.clone(), y=zero.clone(), clean=zero.clone(), lower=x.clone(),
-                upper=x.clone(), x_adv=x.clone(), step=zero.clone(), restart=zero.clone(), busy=zero.bool(),
-                forwards=zero.clone(), robust=zero.bool()[:, None].repeat(1, steps + 1))
+                upper=x.clone(), x_adv=x.clone(), step=zero.clone(), restart=zero.clone(),
+                forwards=zero.clone(), busy=zero.bool(), robust=zero.bool()[:, None].repeat(1, steps + 1))
 
         # Move in, and when nothing is left to, shrink by halves: each new shape costs a compiled graph
         k = min(slots - n_busy, len(waiting[0]))
@@ -222,8 +222,7 @@ def pgd_queue(model, batches, slots, eps, step_size, steps, restarts=1, seed=0, 
             s.x_adv[new] = torch.clamp(s.x[new] + noise, s.lower[new], s.upper[new])
             s.step[new] = 0
         if bool((s.busy & (s.step < steps)).any()):
-            logits, grad = input_gradient(
-                model, s.x_adv, lambda z: loss_scale * F.cross_entropy(z, s.y, reduction="none"))
+            logits, grad = input_gradient(model, s.x_adv, lambda z: cross_entropy(z, s.y), loss_scale)
         else:
             with torch.no_grad():
                 logits, grad = model(s.x_adv), torch.zeros_like(s.x_adv)

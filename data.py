@@ -4,8 +4,8 @@ The pictures: ImageNet from folders, CIFAR-10 from its official files, and `shap
 >>> images = load("shapes", train=False)
 >>> for index, x, y in eval_batches(images, subset(images.n), 100): ...  # x: (N, 3, H, W) in [0, 1]
 
-`index` is an image's number in its whole split, always. Which images make a batch depends on (seed, epoch), what
-augmentation does to one on (seed, epoch, index): never on the number of workers or processes, nor on a restart.
+`index` is an image's number in its whole split, always. Which images make a batch depends on (seed, epoch),
+what augmentation does to one on (seed, epoch, index): not on workers, processes or a restart.
 
 Keys: SAT is arXiv:2006.14536.
 """
@@ -40,7 +40,7 @@ def key(*words):
 
 @dataclass
 class Images:
-    """One split: labels y (n,) int64, and either pixels x (n, 3, H, W) uint8 on the device or file paths."""
+    """One split: labels y (n,) int64, and pixels x (n, 3, H, W) uint8 on the device or file paths."""
 
     name: str
     classes: list
@@ -61,15 +61,16 @@ class Images:
     @property
     def fingerprint(self):
         """Changes with what the images are, not with where they lie."""
-        return key(self.name, self.res, self.classes, self.n, [Path(path).name for path in self.paths or []])
+        names = [Path(path).name for path in self.paths or []]
+        return key(self.name, self.res, self.classes, self.n, names)
 
 
 # The three data sets
 
 def load(name, data_dir=None, train=True, res=None, classes=None, download=False, device="cpu"):
-    """One split of a data set -> Images. classes: the names a model was trained with, labels are mapped by name.
+    """One split of a data set -> Images. classes: a trained model's, to map the labels by name.
 
-    SystemExit if the name is unknown, the files are not there, or the resolution or the classes do not fit.
+    SystemExit if name, files, resolution or classes are not there or do not fit.
     """
     if name not in FOLDERS:
         raise SystemExit(f"--data {name} is unknown; use one of {', '.join(FOLDERS)}")
@@ -80,8 +81,8 @@ def load(name, data_dir=None, train=True, res=None, classes=None, download=False
     if classes is not None:
         foreign = [name for name in images.classes if name not in classes]
         if foreign:
-            raise SystemExit(f"{len(foreign)} classes of {data_dir} are unknown to the model, e.g. {foreign[0]}; "
-                             f"it has {len(classes)}, e.g. {classes[0]}; give its own data with --data-dir")
+            raise SystemExit(f"{len(foreign)} classes of {data_dir} are unknown to the model, e.g. {foreign[0]};"
+                             f" it has {len(classes)}, e.g. {classes[0]}; give its own data with --data-dir")
         images.y = torch.tensor([classes.index(name) for name in images.classes])[images.y]
         images.classes = classes
     if images.x is not None:
@@ -97,20 +98,20 @@ def imagenet(data_dir, train, res, download):
     except OSError:
         folder = None
     if folder is None or not folder.samples:
-        raise SystemExit(f"no images under {root}; --data imagenet needs {data_dir}/{{train,val}}/<class>/*.JPEG; "
-                         "say where with --data-dir, or see it move without any data: --data shapes")
+        raise SystemExit(f"no images under {root}; --data imagenet needs {data_dir}/{{train,val}}/<class>/*.JPEG"
+                         "; say where with --data-dir, or see it move without any data: --data shapes")
     paths, y = zip(*folder.samples)
     return Images("imagenet", folder.classes, res, torch.tensor(y), paths=list(paths))
 
 
 def cifar10(data_dir, train, res, download):
     if res != 32:
-        raise SystemExit(f"--res {res} does not fit cifar10, whose images are 32 pixels wide; use --res 32")
+        raise SystemExit(f"--res {res} does not fit cifar10, which is 32 pixels wide; use --res 32")
     try:
-        files = CIFAR10(data_dir, train=train, download=download)  # compares md5 sums before it unpickles
+        files = CIFAR10(data_dir, train=train, download=download)  # md5 first
     except (OSError, RuntimeError) as error:
-        raise SystemExit(f"no CIFAR-10 in {data_dir}/cifar-10-batches-py ({str(error).splitlines()[0]}); "
-                         "say where it is with --data-dir, or add --download")
+        raise SystemExit(f"no CIFAR-10 in {data_dir}/cifar-10-batches-py ({str(error).splitlines()[0]});"
+                         " say where it is with --data-dir, or add --download")
     x = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()  # (n, 32, 32, 3) -> (n, 3, 32, 32)
     return Images("cifar10", files.classes, 32, torch.tensor(files.targets), x)
 
@@ -129,7 +130,7 @@ def check_res(name, res, least):
         raise SystemExit(f"--res {res} is too small for {name}; use {least} or more")
 
 
-SHAPES = {  # class: signed distance to its edge, negative inside, at (u, v); about 1 in radius; mirror images belong
+SHAPES = {  # class: signed distance to its edge, negative inside, at (u, v) of about unit radius
     "disc": lambda u, v: torch.hypot(u, v) - 0.9,
     "ring": lambda u, v: (torch.hypot(u, v) - 0.75).abs() - 0.22,
     "square": lambda u, v: torch.maximum(u.abs(), v.abs()) - 0.8,
@@ -143,29 +144,35 @@ SHAPES = {  # class: signed distance to its edge, negative inside, at (u, v); ab
 }
 
 
-def draw_shapes(n, res, train=True):
-    """Ten procedural classes -> x (n, 3, res, res) uint8, y (n,) int64; image i of a split is always the same.
+def draw_shapes(n, res, train):
+    """Ten procedural classes -> x (n, 3, res, res) uint8, y (n,) int64; image i is always the same.
 
-    A shape of clear contrast is the cue that survives an attack. A grating fainter than eps, its pitch told by the
-    class, is the cue that does not: what a normal net leans on (Ilyas et al. 2019, arXiv:1905.02175).
+    A shape of clear contrast, in a hue that leans on its class, survives an attack. A grating fainter than
+    eps, its pitch told by the class, does not: what a normal net leans on (Ilyas et al. 2019, 1905.02175).
     """
     x, y = torch.empty(n, 3, res, res, dtype=torch.uint8), torch.arange(n) % len(SHAPES)
     row, column = torch.arange(res)[:, None], torch.arange(res)
     for index in torch.arange(n).split(max(1, 2**20 // res**2)):  # bounded memory at any resolution
         u = uniform(0, index, (train, 0), (16,)).T[:, :, None, None]  # 16 numbers an image, (16, N, 1, 1)
-        place, size, turn, sign = 0.4 * u[:2] - 0.2, 0.4 + 0.2 * u[2], 2 * math.pi * u[3], (u[4] < 0.5) * 2 - 1
-        b, a = ((grid + 0.5) * 2 / res - 1 - p for grid, p in zip((row, column), place))
+        part = y[index, None, None] / len(SHAPES)  # the class, as a fraction
+
+        # Place, scale and turn the shape; its edge is one pixel wide at any resolution
+        place, size, turn = 0.3 * u[:2] - 0.15, 0.5 + 0.2 * u[2], 0.6 * u[3] - 0.3
+        b, a = ((grid + 0.5) * 2 / res - 1 - middle for grid, middle in zip((row, column), place))
         a, b = (a * turn.cos() + b * turn.sin()) / size, (b * turn.cos() - a * turn.sin()) / size
         edge = torch.empty(len(index), res, res)
         for k, distance in enumerate(SHAPES.values()):
             edge[y[index] == k] = distance(a[y[index] == k], b[y[index] == k])
-        inside = (0.5 - edge * size * res / 2).clamp(0, 1)  # antialiased: one pixel wide
-        ramp = 0.1 * (a * (u[5] - 0.5) + b * (u[6] - 0.5))
-        pitch = math.pi * (0.5 + 0.5 * y[index, None, None] / len(SHAPES))
-        grating = torch.cos(pitch * row + 6.3 * u[7]) * torch.cos(pitch.flip(0) * 0 + pitch * column + 6.3 * u[8])
-        colour, contrast = 0.35 + 0.3 * u[9:12], sign * (0.15 + 0.25 * u[12:15])
-        image = colour + ramp + inside * contrast + 5 / 255 * grating
-        noise = 0.08 * (2 * uniform(0, index, (train, 1), (3, res, res)) - 1)
+        inside = (0.5 - edge * size * res / 2).clamp(0, 1)
+
+        # Paint
+        hue = 2 * math.pi * (part + 0.4 * (u[9] - 0.5))
+        tint = 1 + 0.5 * torch.cos(hue - 2 * math.pi / 3 * torch.arange(3)[:, None, None, None])
+        ground = 0.15 + 0.2 * u[10:13] + 0.1 * (a * (u[5] - 0.5) + b * (u[6] - 0.5))
+        pitch = math.pi * (0.5 + 0.5 * part)
+        grating = torch.cos(pitch * row + 6.3 * u[7]) * torch.cos(pitch * column + 6.3 * u[8])
+        image = ground + inside * (0.12 + 0.24 * u[13]) * tint + 4 / 255 * grating  # (3, N, res, res)
+        noise = 0.05 * (2 * uniform(0, index, (train, 1), (3, res, res)) - 1)
         x[index] = ((image.transpose(0, 1) + noise) * 255).round().clamp(0, 255).byte()
     return x, y
 
@@ -179,18 +186,19 @@ def subset(n, limit=None):
 
 
 def hold_out(n, limit=None, holdout=0):
-    """Numbers of the images to train on and of those held out for validation, at most a tenth of `limit`."""
+    """Numbers of the images to train on, and of those held out, at most a tenth of `limit`."""
     chosen = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     holdout = min(holdout, min(n, limit or n) // 10)
     return chosen[: n - holdout][:limit].sort().values, chosen[n - holdout:].sort().values
 
 
 def epoch_batches(members, epoch, seed, batch_size, world=1):
-    """The epoch's global batches, a list of index tensors: a new order each epoch, the last one may be short.
+    """The epoch's global batches, a list of index tensors: a new order each epoch, the last may be short.
 
-    On several processes it is cut to a multiple of their number; one image a process is no batch (BatchNorm).
+    On several processes it is cut to a multiple of their number; one image each is no batch (BatchNorm).
     """
-    order = members[torch.randperm(len(members), generator=torch.Generator().manual_seed(key(seed, epoch)))]
+    shuffle = torch.Generator().manual_seed(key(seed, epoch))
+    order = members[torch.randperm(len(members), generator=shuffle)]
     batches = [batch[: len(batch) // world * world] for batch in order.split(batch_size)]
     return [batch for batch in batches if len(batch) > world or len(batch) == batch_size]
 
@@ -199,9 +207,9 @@ def epoch_batches(members, epoch, seed, batch_size, world=1):
 
 def train_batches(images, members, batch_size, epochs, seed=0, start=(0, 0), rank=0, world=1, workers=0,
                   device="cpu", autoaugment=False):
-    """Yields this rank's (index, x, y) of every step, from `start` = (epoch, step) to the last epoch's end.
+    """Yields this rank's (index, x, y) of each step, from `start` = (epoch, step) to the last epoch's end.
 
-    One stream over all epochs: no worker stops between two of them, and a resumed run joins in at its step.
+    One stream over all epochs: no worker stops between two, and a resumed run joins in at its step.
     """
     plan = ((epoch, batch[rank::world]) for epoch in range(start[0], epochs) for batch in
             epoch_batches(members, epoch, seed, batch_size, world)[start[1] if epoch == start[0] else 0:])
@@ -214,12 +222,12 @@ def train_batches(images, members, batch_size, epochs, seed=0, start=(0, 0), ran
         index = index.to(device)
         x = crop_and_flip(images.x[index], uniform(seed, index, (AUGMENT, epoch), (3,)))
         if autoaugment:
-            x = torch.stack([seeded(key(seed, epoch, i), policy, image) for i, image in zip(index.tolist(), x)])
+            x = torch.stack([seeded(key(seed, epoch, int(i)), policy, image) for i, image in zip(index, x)])
         yield index, x.float().div_(255), images.y[index]
 
 
 def eval_batches(images, members, batch_size, workers=0, device="cpu"):
-    """Yields (index, x, y) of `members` in order, as the test transform shows them; nothing padded or dropped."""
+    """Yields (index, x, y) of `members` in order, untransformed but for size; nothing padded or dropped."""
     plan = ((0, index) for index in members.split(batch_size))
     if images.x is None:
         yield from from_files(Files(images, members, eval_transform(images.res)), plan, workers, device)
@@ -230,7 +238,7 @@ def eval_batches(images, members, batch_size, workers=0, device="cpu"):
 
 
 def crop_and_flip(x, u, pad=4):
-    """Pad by 4 zeros, crop at random, mirror every second one: x (N, 3, H, W) and u (N, 3) in [0, 1) -> as x."""
+    """Pad by 4 zeros, crop at random, mirror half: x (N, 3, H, W) and u (N, 3) in [0, 1) -> as x."""
     n, _, h, w = x.shape
     top, left = (u[:, :2] * (2 * pad + 1)).long().T
     row = top[:, None] + torch.arange(h, device=x.device)
@@ -309,9 +317,9 @@ def ignore_signals(_):
 def from_files(files, plan, workers, device):
     """The batches of `plan`, (epoch, indices) each, read by worker processes."""
     device = torch.device(device)
-    loader = DataLoader(files, batch_sampler=([(epoch, i) for i in index.tolist()] for epoch, index in plan),
-                        num_workers=workers, collate_fn=collate, worker_init_fn=ignore_signals,
-                        pin_memory=device.type == "cuda")
+    items = ([(epoch, i) for i in index.tolist()] for epoch, index in plan)
+    loader = DataLoader(files, batch_sampler=items, num_workers=workers, collate_fn=collate,
+                        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
     try:
         for index, x, y, broken in loader:
             if index is None:

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 import data
 from attacks import STANDARD, autoattack, doubts, pgd_queue
-from models import MODELS, attacker_view, build, in_precision, load_weights
+from models import LOSS_SCALE, MODELS, attacker_view, build, in_precision, load_weights
 
 PGD = {"imagenet": (4, 1, 200), "cifar10": (8, 2, 50), "shapes": (8, 2, 50)}  # eps, step size, steps
 ATTACKS = {"pgd": (), "apgd": STANDARD[:2], "autoattack": STANDARD}
@@ -165,12 +165,17 @@ def tally(lines, steps):
             "forwards": sum(line["forwards"] for line in lines)}
 
 
+def all_ranks(tensor):
+    """Its sum over all processes."""
+    total = tensor.clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
+
+
 def summed(counts, device):
     """Counts of one process, ints or lists of ints by name -> counts of all processes."""
-    total = {name: torch.tensor(count, device=device) for name, count in counts.items()}
-    for count in total.values() if dist.is_initialized() else ():
-        dist.all_reduce(count)
-    return {name: count.tolist() for name, count in total.items()}
+    return {name: all_ranks(torch.tensor(count, device=device)).tolist() for name, count in counts.items()}
 
 
 def wilson(k, n, z=1.959964):
@@ -285,7 +290,8 @@ def measure_autoattack(job, ledger, members):
 
         for index, x, y in data.eval_batches(job.images, left, job.slots, job.workers, job.device):
             _, report = autoattack(
-                job.model, x, y, job.eps / 255, index, job.seed, job.exact, (name,), tick)
+                job.model, x, y, job.eps / 255, index, job.seed, job.exact, (name,), tick,
+                loss_scale=job.loss_scale)
             rows = zip(index.tolist(), y.tolist(), report["clean"].tolist(), report["forwards"].tolist())
             for (i, label, guess, forwards), by in zip(rows, report["fooled_by"]):
                 ledger.write({"index": i, "label": label, "clean": guess, "attack": name,
@@ -353,7 +359,7 @@ def main():
     view = attacker_view(net, args.smooth_backward == "attacker")
     job = SimpleNamespace(
         **vars(args) | dict(eps=eps, step_size=step_size, steps=steps, device=device), images=images,
-        model=in_precision(view, args.dtype, device), loss_scale=128.0 if args.dtype == "fp16" else 1.0,
+        model=in_precision(view, args.dtype, device), loss_scale=LOSS_SCALE.get(args.dtype, 1.0),
         exact=None if args.dtype == "fp32" else in_precision(attacker_view(net), "fp32", device),
         slots=args.batch_size or (100 if device.type == "cpu" else 256 if run.data == "imagenet" else 512))
     job.workers = data.loader_processes(args.workers, run.data, world)

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import StochasticDepth
 
 from activations import ReLU, make_act
@@ -301,9 +303,23 @@ def attacker_view(train_net, smooth_backward=False, batch_stats=False):
     return view
 
 
+def averaged(net):
+    """torch's running average of weights and buffers, with decay min(0.9999, (1 + t) / (10 + t))."""
+    def average(means, news, _):
+        if means[0].is_floating_point():
+            t = int(ema.n_averaged)  # on the CPU: no wait for the device
+            torch._foreach_lerp_(means, news, 1 - min(0.9999, (1 + t) / (10 + t)))
+        else:
+            torch._foreach_copy_(means, news)
+
+    ema = AveragedModel(net, multi_avg_fn=average, use_buffers=True)
+    return ema
+
+
 # How a network runs, and where its weights come from
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LOSS_SCALE = {"fp16": 128.0}  # of an attack, 1 elsewhere; the released code's
 
 
 @contextlib.contextmanager
@@ -381,3 +397,18 @@ def save_file(path, content):
             part.unlink()
         raise SystemExit(f"cannot write {path} ({str(error).splitlines()[0]}); the checkpoint before it is "
                          "whole: make room, then go on with --resume")
+
+
+def count(net, res):
+    """Of a net on the meta device, where a forward is free -> parameters, FLOPs forward, bytes kept, an image."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with FlopCounterMode(display=False) as counter, hooks:
+        net(torch.empty(2, 3, res, res, device="meta"))
+    n_bytes = sum(tensor.nbytes for tensor in kept.values() if tensor.shape[:1] == (2,))
+    return sum(p.numel() for p in net.parameters()), counter.get_total_flops() / 2, n_bytes / 2

@@ -30,15 +30,14 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from activations import ACTIVATIONS
 from attacks import pgd, pgd_queue, uniform
-from evaluate import (Stopped, asked, device_name, duration, listen, open_device, progress, say, show,
-                      summed, tally)
-from models import MODELS, attacker_view, build, in_precision, load_file, precision, save_file
+from evaluate import (Stopped, all_ranks, asked, device_name, duration, listen, open_device, progress,
+                      say, show, summed, tally)
+from models import (LOSS_SCALE, MODELS, attacker_view, averaged, build, count, in_precision, load_file,
+                    precision, save_file)
 
 # --data picks the defaults of all other flags
 RECIPES = {
@@ -86,7 +85,7 @@ def get_args(argv=None):
     p.add_argument("--stochastic-depth", type=float, default=0.0, help="an EfficientNet's last rate")
     p.add_argument("--res", type=int, help="pixels; default: the network's own, cifar10 and shapes 32")
     # optimization
-    p.add_argument("--enhanced", action="store_true", help="SAT Sec. 5.2: dropout, " + ", ".join(ENHANCED))
+    p.add_argument("--enhanced", action="store_true", help="Sec. 5.2: dropout, " + ", ".join(ENHANCED))
     p.add_argument("--epochs", type=int, help="the schedule scales with them")
     p.add_argument("--batch-size", type=int, help="images of one update, over all processes")
     p.add_argument("--accum", type=int, default=1, help="parts a batch is worked off in, to save memory")
@@ -95,7 +94,7 @@ def get_args(argv=None):
     p.add_argument("--warmup-epochs", type=float, help="default: step 5%%, at most 5; onecycle 40%%")
     p.add_argument("--wd", type=float, help="weight decay of convolution and linear weights")
     p.add_argument("--nesterov", **switch, help="momentum (the released code has it)")
-    p.add_argument("--label-smoothing", type=float, default=0.0, help="in the update (released code 0.1)")
+    p.add_argument("--label-smoothing", type=float, default=0.0, help="released code: 0.1")
     p.add_argument("--autoaugment", **switch, help="torchvision's AutoAugment")
     p.add_argument("--ema", **switch, help="average the weights; validate and keep the average")
     p.add_argument("--early-stop", **switch, help="end when robustness falls 20 points; keep the best")
@@ -104,7 +103,7 @@ def get_args(argv=None):
     p.add_argument("--step-size", type=float, help="in 1/255")
     p.add_argument("--steps", type=int, default=1, help="of PGD; 0 is normal training")
     p.add_argument("--clean-start", type=float, default=0.0, help="share attacked from the clean image")
-    p.add_argument("--attack-bn", default="eval", choices=["eval", "batch"], help="BatchNorm in the attack")
+    p.add_argument("--attack-bn", default="eval", choices=["eval", "batch"], help="its statistics")
     # how
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "tf32", "bf16", "fp16"],
                    help="auto: bf16 on a GPU, fp32 on a CPU")
@@ -136,8 +135,8 @@ def check(args, world):
     near = max(1, args.batch_size // parts) * parts
     for bad, sentence in (
         (args.accum < 1 or args.batch_size < 1 or args.batch_size % parts,
-         f"--batch-size {args.batch_size} does not split over {world} processes and --accum {args.accum};"
-         f" use {near} or {near + parts}"),
+         f"--batch-size {args.batch_size} does not split over {world} processes x --accum {args.accum}; "
+         f"use {near} or {near + parts}"),
         (args.eps < 0, f"--eps {args.eps:g} is negative; it is a radius in 1/255, SAT trains with 4"),
         (args.steps < 0, f"--steps {args.steps} is negative; 0 is normal training, 1 is SAT's"),
         (args.steps > 0 and args.step_size <= 0,
@@ -148,9 +147,9 @@ def check(args, world):
         (not 0 <= args.clean_start <= 1, f"--clean-start {args.clean_start:g} is a share; use 0 to 1"),
         (min(args.epochs, args.val_every, args.log_every) < 1,
          "--epochs, --val-every and --log-every count from 1"),
-        (args.limit is not None and args.limit < 2, f"--limit {args.limit} is no training set; use 2 or more"),
-        (args.lr <= 0 or args.wd < 0, f"--lr {args.lr:g} --wd {args.wd:g}; use a rate > 0 and a decay >= 0"),
-        (args.early_stop and not args.holdout, "--early-stop watches held-out images; use --holdout 1000"),
+        ((args.limit or 2) < 2, f"--limit {args.limit} is no training set; use 2 or more"),
+        (args.lr <= 0 or args.wd < 0, f"--lr {args.lr:g} --wd {args.wd:g}; use --lr > 0, --wd >= 0"),
+        (args.early_stop and not args.holdout, "--early-stop needs held-out images; use --holdout 1000"),
     ):
         if bad:
             raise SystemExit(sentence)
@@ -176,19 +175,6 @@ def parameter_groups(net, wd):
     return [{"params": decayed, "weight_decay": wd}, {"params": others, "weight_decay": 0.0}]
 
 
-def averaged(net):
-    """torch's running average of weights and buffers, with decay min(0.9999, (1 + t) / (10 + t))."""
-    def average(means, news, _):
-        if means[0].is_floating_point():
-            t = int(ema.n_averaged)  # on the CPU: no wait for the device
-            torch._foreach_lerp_(means, news, 1 - min(0.9999, (1 + t) / (10 + t)))
-        else:
-            torch._foreach_copy_(means, news)
-
-    ema = AveragedModel(net, multi_avg_fn=average, use_buffers=True)
-    return ema
-
-
 def share_statistics(net, world):
     """Average BatchNorm's running statistics over the ranks: all attack and save one network."""
     statistics = [b for name, b in net.named_buffers() if "running" in name]
@@ -196,10 +182,6 @@ def share_statistics(net, world):
         flat = torch.cat(statistics)
         dist.all_reduce(flat)
         torch._foreach_copy_(statistics, list((flat / world).split([len(b) for b in statistics])))
-
-
-def loss_scale(args):
-    return 128.0 if args.dtype == "fp16" else 1.0  # of the attack, as in the released code
 
 
 def attack(args, model, x, y, index, epoch):
@@ -210,7 +192,8 @@ def attack(args, model, x, y, index, epoch):
     noise = (2 * uniform(args.seed, index, (NOISE, epoch), x.shape[1:]) - 1) * eps
     if args.clean_start:
         noise *= uniform(args.seed, index, (CLEAN_START, epoch), (1, 1, 1)) >= args.clean_start
-    return pgd(model, x, y, eps, args.step_size / 255, args.steps, noise, loss_scale(args), check=False)
+    return pgd(model, x, y, eps, args.step_size / 255, args.steps, noise,
+               LOSS_SCALE.get(args.dtype, 1.0), check=False)
 
 
 def clock(device, timed):
@@ -259,10 +242,10 @@ def validate(run, net):
     slots = min(250, args.batch_size // run.world)
     batches = data.eval_batches(run.images, held, slots, run.workers, run.device)
     began, lines = time.time(), []
-    queue = pgd_queue(model, batches, slots, args.eps / 255, args.eps / 4 / 255, 10, seed=args.seed,
-                      exact=None if model is exact else exact, loss_scale=loss_scale(args),
-                      tick=lambda: progress(began, len(lines), len(held), "validation "))
-    for line in queue:
+    for line in pgd_queue(
+            model, batches, slots, args.eps / 255, args.eps / 4 / 255, 10, seed=args.seed,
+            exact=None if model is exact else exact, loss_scale=LOSS_SCALE.get(args.dtype, 1.0),
+            tick=lambda: progress(began, len(lines), len(held), "validation ")):
         lines.append(line)
     return tally(lines, 10)
 
@@ -275,12 +258,14 @@ class Log:
     def __init__(self, out, active):
         self.active = active
         if active:
-            self.txt = open(out / "log.txt", "a", buffering=1)
-            try:  # lockf dies with its owner; flock is inherited by workers and outlives a kill -9
-                fcntl.lockf(self.txt, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                self.txt, self.jsonl = (open(out / f"log.{k}", "a", buffering=1) for k in ("txt", "jsonl"))
+                fcntl.lockf(self.txt, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with us; flock does not
+            except BlockingIOError:
                 raise SystemExit(f"another run writes into {out}; wait for it, or choose another --out")
-            self.jsonl = open(out / "log.jsonl", "a", buffering=1)
+            except OSError as error:
+                raise SystemExit(f"cannot write into {out} ({error.strerror}); choose another --out")
 
     def __call__(self, text, **values):
         if self.active:
@@ -302,17 +287,12 @@ def open_folder(args, rank, world, facts, notes):
     """The run's log, and its last whole checkpoint or None. SystemExit rather than losing a run."""
     out = Path(args.out)
     if rank == 0:
-        holds = [name for name in ("args.json", "last.pt", "model.pt", "log.txt") if (out / name).exists()]
-        if holds and not args.resume:
-            raise SystemExit(f"{out} holds a run ({holds[0]}); go on with --resume, or choose another --out")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            log = Log(out, True)
-        except OSError as error:
-            raise SystemExit(f"cannot write into {out} ({error.strerror}); choose another --out")
+        for name in ("args.json", "last.pt", "model.pt", "log.txt") if not args.resume else ():
+            if (out / name).exists():
+                raise SystemExit(f"{out} holds a run ({name}); go on with --resume, or take another --out")
+    log = Log(out, rank == 0)
     if world > 1:
         dist.barrier()
-    log = log if rank == 0 else Log(out, False)
 
     state, damaged = None, []
     for path in (out / "last.pt", out / "last.prev.pt"):
@@ -322,7 +302,7 @@ def open_folder(args, rank, world, facts, notes):
             except SystemExit as reason:
                 damaged.append(str(reason))
     if damaged and state is None:
-        raise SystemExit(f"{'; '.join(damaged)}: nothing to go on from; choose another --out to start again")
+        raise SystemExit(f"{'; '.join(damaged)}: nothing to go on from; start again in another --out")
     for reason in damaged:
         log(f"{reason}: going on from {out / 'last.prev.pt'}")
 
@@ -332,7 +312,7 @@ def open_folder(args, rank, world, facts, notes):
         differ = [f"--{name.replace('_', '-')} {theirs.get(name)} (now {value})"
                   for name, value in mine.items() if name not in FREE and theirs.get(name) != value]
         if differ:
-            raise SystemExit(f"the run in {out} has {', '.join(differ)}; give its flags, or another --out")
+            raise SystemExit(f"the run in {out} has {', '.join(differ)}; use its flags or another --out")
         if state["world"] != world:
             log(f"going on with {world} processes instead of {state['world']}: not bit-exact")
     if rank == 0:
@@ -373,7 +353,8 @@ def assemble(args, device, rank, world, num_classes, small_input, weights=None):
                                           broadcast_buffers=False, gradient_as_bucket_view=True)
     return SimpleNamespace(
         args=args, device=device, rank=rank, world=world, net=net, view=view, trainee=trainee,
-        attacker=in_precision(compiled(view), args.dtype, device), ema=averaged(net) if args.ema else None,
+        attacker=in_precision(compiled(view), args.dtype, device),
+        ema=averaged(net) if args.ema else None,
         optimizer=torch.optim.SGD(parameter_groups(net, args.wd), args.lr, momentum=0.9,
                                   nesterov=args.nesterov, fused=cuda),
         scaler=torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"),
@@ -398,9 +379,9 @@ def set_up(args):
     with torch.device("meta"):  # refuses what build refuses, before there is a folder
         network(args, len(images.classes), images.small_input)
     facts = dict(classes=images.classes, small_input=images.small_input, n_images=images.n)
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__)
     log, state = open_folder(args, rank, world, facts, dict(
-        num_classes=len(images.classes), commit=commit(), versions=versions, processes=world))
+        num_classes=len(images.classes), commit=commit(), processes=world, python=sys.version.split()[0],
+        torch=torch.__version__, torchvision=torchvision.__version__))
 
     run = assemble(args, device, rank, world, len(images.classes), images.small_input,
                    state and state["model"])
@@ -415,17 +396,10 @@ def set_up(args):
         assert mine.data_ptr() == theirs.data_ptr(), "the two views must share their storage"
     vars(run).update(
         images=images, members=members, held=held, n_steps=n_steps, log=log, out=Path(args.out),
-        saved=time.time(), unreadable=set(), workers=data.loader_processes(args.workers, args.data, world),
+        saved=time.time(), unreadable=set(),
+        workers=data.loader_processes(args.workers, args.data, world),
         votes=dist.new_group(backend="gloo", timeout=timedelta(hours=24)) if world > 1 else None)
     return run
-
-
-def all_ranks(run, sums):
-    """The sums over all processes."""
-    total = sums.clone()
-    if run.world > 1:
-        dist.all_reduce(total)
-    return total
 
 
 def vote(run):
@@ -439,7 +413,7 @@ def vote(run):
 
 def save(run):
     """last.pt: everything to go on exactly, and nothing that is not finite. All ranks call it."""
-    total = all_ranks(run, run.sums)
+    total = all_ranks(run.sums)
     refuse_nonfinite(run, total)
     run.sums = total * (run.rank == 0)
     if run.rank == 0:
@@ -463,8 +437,8 @@ def refuse_nonfinite(run, total):
     if not finite or (total[3] > 0 and run.args.dtype != "fp16"):
         lr = run.optimizer.param_groups[0]["lr"]
         good = [str(p) for p in (run.out / "last.pt", run.out / "last.prev.pt") if p.exists()]
-        raise SystemExit(f"loss or weights not finite at epoch {run.epoch + 1}, step {run.step} (lr {lr:.3g}); "
-                         f"last good checkpoint: {good[0] if good else 'none yet'}; try a smaller --lr")
+        raise SystemExit(f"loss or weights not finite at epoch {run.epoch + 1}, step {run.step} (lr {lr:.3g}"
+                         f"); last good checkpoint: {good[0] if good else 'none yet'}; try a smaller --lr")
 
 
 def name_unreadable(run):
@@ -479,9 +453,13 @@ def name_unreadable(run):
     run.images.broken.clear()
 
 
+def where(run):
+    return f"epoch {run.epoch + 1:3d}/{run.args.epochs} | step {run.step:5d}/{run.n_steps}"
+
+
 def log_step(run, share, line):
     """One line, over all ranks since `line`, the (sums, time) of the one before -> the new `line`."""
-    args, total, now = run.args, all_ranks(run, run.sums), time.time()
+    args, total, now = run.args, all_ranks(run.sums), time.time()
     refuse_nonfinite(run, total)
     name_unreadable(run)
     loss, errors, n = (total - line[0])[:3].tolist()
@@ -489,19 +467,16 @@ def log_step(run, share, line):
     n_done = run.epoch * run.n_steps + run.step
     eta = (now - run.began) / (n_done - run.began_at) * (args.epochs * run.n_steps - n_done)
     run.log(
-        f"epoch {run.epoch + 1:3d}/{args.epochs} | step {run.step:5d}/{run.n_steps} | loss {loss / n:7.4f} | "
-        f"adv {100 - 100 * errors / n:5.2f}% | lr {lr:.4f} | {speed:5.0f} img/s | "
-        f"attack {100 * share:2.0f}% | eta {duration(eta)}",
-        kind="step", epoch=run.epoch + 1, step=run.step, loss=loss / n, error=errors / n, lr=lr, speed=speed,
+        f"{where(run)} | loss {loss / n:7.4f} | adv {100 - 100 * errors / n:5.2f}% | lr {lr:.4f} | "
+        f"{speed:5.0f} img/s | attack {100 * share:2.0f}% | eta {duration(eta)}", kind="step",
+        epoch=run.epoch + 1, step=run.step, loss=loss / n, error=errors / n, lr=lr, speed=speed,
         attack_share=share)
     return total, now
 
 
 def end_epoch(run, began):
     """Log the epoch, validate, keep the best weights, look for catastrophic overfitting, save."""
-    args, total = run.args, all_ranks(run, run.sums)
-    refuse_nonfinite(run, total)
-    name_unreadable(run)
+    args, total = run.args, all_ranks(run.sums)
     counted, final = {}, run.epoch + 1 == args.epochs
     if len(run.held) and (final or (run.epoch + 1) % args.val_every == 0):
         with contextlib.suppress(Stopped):
@@ -514,22 +489,23 @@ def end_epoch(run, began):
     run.epoch, run.step, run.sums = run.epoch + 1, 0, torch.zeros_like(run.sums)
     loss, error = (total[:2] / total[2]).tolist()
     name = f"epoch {run.epoch:3d}/{args.epochs}"
-    run.log(f"{name} | train loss {loss:.4f} | train error {100 * error:.2f}% | {duration(time.time() - began)}"
-            + f" | {run.skipped} steps skipped" * bool(run.skipped),
+    run.log(f"{name} | train loss {loss:.4f} | train error {100 * error:.2f}% | "
+            f"{duration(time.time() - began)}" + f" | {run.skipped} steps skipped" * bool(run.skipped),
             kind="epoch", epoch=run.epoch, loss=loss, error=error, skipped=run.skipped)
     kept, better = (run.ema.module if run.ema else run.net).state_dict(), False
     if counted:
         n, n_correct, n_robust = (counted["kept"][key] for key in ("n", "n_correct", "n_robust"))
         raw = counted["raw"]["n_robust"] / n  # an average would show a collapse too late
-        better, run.top = n_robust / n > run.best, max(run.top, raw)
+        clean, robust = n_correct / n, n_robust / n
+        better, run.top = robust > run.best, max(run.top, raw)
         if better:
-            run.best, run.best_epoch = n_robust / n, run.epoch
-        run.log(f"{name} | held-out clean {100 * n_correct / n:.2f}% | robust {100 * n_robust / n:.2f}% (PGD-10, "
-                f"eps {args.eps:g}, n {n}) | best {100 * run.best:.2f}% at epoch {run.best_epoch}",
-                kind="val", epoch=run.epoch, n=n, clean=n_correct / n, robust=n_robust / n, raw_robust=raw)
+            run.best, run.best_epoch = robust, run.epoch
+        run.log(f"{name} | held-out clean {100 * clean:.2f}% | robust {100 * robust:.2f}% (PGD-10, eps "
+                f"{args.eps:g}, n {n}) | best {100 * run.best:.2f}% at epoch {run.best_epoch}",
+                kind="val", epoch=run.epoch, n=n, clean=clean, robust=robust, raw_robust=raw)
         if args.early_stop and run.top - raw > 0.2:
-            run.ended = (f"stopped early: robust accuracy fell from {100 * run.top:.1f}% to {100 * raw:.1f}%, "
-                         f"catastrophic overfitting; model.pt is best.pt, from epoch {run.best_epoch}")
+            run.ended = (f"stopped early: robust accuracy fell from {100 * run.top:.1f}% to {100 * raw:.1f}%"
+                         f", catastrophic overfitting; model.pt is best.pt, from epoch {run.best_epoch}")
     if run.rank == 0 and better:
         save_file(run.out / "best.pt", kept)
     if run.rank == 0 and (better or not args.early_stop):
@@ -543,9 +519,9 @@ def main():
         return plan(args)
     run = set_up(args)
     n_parameters = sum(p.numel() for p in run.net.parameters())
-    run.log(f"{args.arch} {args.act}, {n_parameters / 1e6:.2f}M parameters; {args.data}, {len(run.members)} "
-            f"images, {len(run.held)} held out; {run.n_steps} steps of "
-            f"{min(args.batch_size, len(run.members))} an epoch; {args.dtype} on {run.world} x "
+    run.log(f"{args.arch} {args.act}, {n_parameters / 1e6:.2f}M parameters; {args.data}, "
+            f"{len(run.members)} images, {len(run.held)} held out; {run.n_steps} steps of "
+            f"{min(args.batch_size, len(run.members))}; {args.dtype} on {run.world} "
             f"{device_name(run.device)}")
     if args.epochs <= run.epoch or run.ended:
         run.log(f"finished after epoch {run.epoch}; measure it with python evaluate.py --out {args.out}")
@@ -555,10 +531,10 @@ def main():
     listen()
     run.began, run.began_at, shown = time.time(), run.epoch * run.n_steps + run.step, 0.0
     stream = data.train_batches(
-        run.images, run.members, args.batch_size, args.epochs, args.seed, (run.epoch, run.step), run.rank,
-        run.world, run.workers, run.device, args.autoaugment)
+        run.images, run.members, args.batch_size, args.epochs, args.seed, (run.epoch, run.step),
+        run.rank, run.world, run.workers, run.device, args.autoaugment)
     while run.epoch < args.epochs and not run.ended:
-        began, line = time.time(), (all_ranks(run, run.sums), time.time())
+        began, line = time.time(), (all_ranks(run.sums), time.time())
         while run.step < run.n_steps:
             for group in run.optimizer.param_groups:
                 group["lr"] = lr_at(args, run.epoch, run.step, run.n_steps)
@@ -569,7 +545,7 @@ def main():
                 line = log_step(run, share, line)
             elif time.time() - shown > 0.2:
                 shown = time.time()
-                show(f"epoch {run.epoch + 1:3d}/{args.epochs} | step {run.step:5d}/{run.n_steps}")
+                show(where(run))
             asked_to_stop, due = vote(run)
             if asked_to_stop:
                 stop(run)
@@ -585,7 +561,7 @@ def main():
 # What would it cost?
 
 def plan(args):
-    """Say what a run is made of and how long it would take: one step is timed, the rest is arithmetic."""
+    """Say what a run is made of and how long it takes: one step is timed, the rest is arithmetic."""
     device, _, _ = open_device(args.device)
     n, classes, source = 1281167, 1000, "ImageNet's, since no folder is here"
     try:
@@ -597,25 +573,15 @@ def plan(args):
             raise
     n_steps, small_input = -(-n // args.batch_size), args.data != "imagenet"
 
-    # On the meta device a forward pass is free, and both its FLOPs and what it keeps can be counted
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        net = network(args, classes, small_input)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            net(torch.empty(2, 3, args.res, args.res))
-    n_parameters, forward = sum(p.numel() for p in net.parameters()), counter.get_total_flops() / 2
-    passes = 2 * args.steps + 3  # an attack step: forward, input gradient; the update: forward and twice that
-    activations = sum(t.nbytes for t in kept.values() if t.shape[:1] == (2,)) / 2
+    with torch.device("meta"):
+        n_parameters, forward, activations = count(network(args, classes, small_input), args.res)
     activations *= 0.5 if args.dtype in ("bf16", "fp16") else 1.0
+    passes = 2 * args.steps + 3  # an attack step is 2, the update 3
 
     # Time one step at the largest size that fits 20 seconds; the first step of all allocates and tunes
     run, speed = assemble(args, device, 0, 1, classes, small_input), None
-    for res, batch in [(args.res // 8, 2), (args.res // 4, 2), (args.res // 2, 2)] + [(args.res, b) for b in (2, 8, 32)]:
+    for share, batch in ((8, 2), (4, 2), (2, 2), (1, 2), (1, 8), (1, 32)):
+        res = args.res // share
         cost = passes * forward * batch * (res / args.res) ** 2
         if res >= 32 and (speed is None or cost / speed < 20):
             y = torch.zeros(batch, dtype=torch.long, device=device)
@@ -625,20 +591,22 @@ def plan(args):
                 seconds = clock(device, True) - began
             speed, size = cost / seconds, f"{batch} images at {res} px took {seconds:.1f} s"
 
-    step = passes * forward * args.batch_size
-    weights, name = n_parameters * 4 * (4 if args.ema else 3), device_name(device)
-    say(f"network  {args.arch} {args.act} at {args.res} px: {n_parameters / 1e6:.1f}M parameters, "
-        f"{forward / 1e9:.2f} GFLOPs forward an image")
-    say(f"data     {n} images, {classes} classes ({source})")
-    say(f"run      {args.epochs} epochs x {n_steps} steps x {args.batch_size} images = "
-        f"{args.epochs * n_steps * args.batch_size / 1e6:.1f}M images")
-    say(f"step     {step / 1e12:.1f} TFLOPs: PGD-{args.steps} and the update are {passes} forward passes")
-    say(f"memory   {weights / 2**30:.1f} GiB for weights and optimizer, about {activations / 2**20:.0f} MiB for "
-        "each image that a device holds")
-    say(f"timed    {size} on {name} in {args.dtype}; scaled by FLOPs, the forward counted and the backward "
-        "taken as twice that; without loading and validation")
-    for k in (1, 8, 64):
-        say(f"hours    {args.epochs * n_steps * step / speed / 3600 / k:,.1f} on {k} x {name}")
+    step, name, total = passes * forward * args.batch_size, device_name(device), args.epochs * n_steps
+    hours, weights = total * step / speed / 3600, n_parameters * 4 * (4 if args.ema else 3)
+    for what, text in (
+        ("network", f"{args.arch} {args.act} at {args.res} px, {n_parameters / 1e6:.1f}M parameters, "
+                    f"{forward / 1e9:.2f} GFLOPs forward an image"),
+        ("data", f"{n} images, {classes} classes ({source})"),
+        ("step", f"{step / 1e12:.1f} TFLOPs; PGD-{args.steps} and the update are {passes} forwards"),
+        ("run", f"{args.epochs} epochs x {n_steps} steps x {args.batch_size} images = "
+                f"{total * args.batch_size / 1e6:.1f}M images, {total * step / 1e18:.3g} EFLOPs"),
+        ("memory", f"{weights / 2**30:.1f} GiB for weights and optimizer, about "
+                   f"{activations / 2**20:.0f} MiB for each image that a device holds"),
+        ("timed", f"{size} on {name} in {args.dtype}; scaled by FLOPs: forward counted, backward taken "
+                  "as twice that; without loading and validation"),
+        ("hours", ", ".join(f"{hours / k:,.1f} on {k}" for k in (1, 8, 64)) + f" x {name}"),
+    ):
+        say(f"{what:<8} {text}")
 
 
 if __name__ == "__main__":
