@@ -40,7 +40,7 @@ def uniform(seed, index, counter, shape):
     index: (N,) int64, the numbers of the images. counter: tells this draw from the image's others, an
     int, an (N,) int64 tensor or a tuple of such. Same arguments, same numbers, on any device and batch.
     """
-    key = torch.full_like(index, seed)
+    key = mix(torch.full_like(index, seed))  # alone: else seed 1 is seed 0, three images further on
     for word in (index, *(counter if isinstance(counter, tuple) else (counter,))):
         key = mix(key * 3 + word + 1)
     z = torch.arange(1, torch.Size(shape).numel() + 1, device=index.device)
@@ -105,11 +105,14 @@ def pgd(model, x, y, eps, step_size, steps, noise=None, loss_scale=1.0, check=Tr
     if noise is None:
         noise = torch.empty_like(x).uniform_(-eps, eps)
     x_adv = torch.clamp(x + noise, lower, upper)  # Differs from SAT: its start may leave [0, 1]
-    for step in range(steps):
-        logits, grad = input_gradient(
-            model, x_adv, lambda logits: F.cross_entropy(logits, y, reduction="none"), loss_scale)
-        if check and step == 0:
+
+    def loss(logits):
+        if check:
             check_labels(logits, y)
+        return F.cross_entropy(logits, y, reduction="none")
+
+    for _ in range(steps):
+        _, grad = input_gradient(model, x_adv, loss, loss_scale)
         x_adv = torch.clamp(x_adv + step_size * grad.sign(), lower, upper)
     return x_adv
 

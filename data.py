@@ -4,8 +4,8 @@ The pictures: ImageNet from folders, CIFAR-10 from its official files, and `shap
 >>> images = load("shapes", train=False)
 >>> for index, x, y in eval_batches(images, subset(images.n), 100): ...  # x: (N, 3, H, W) in [0, 1]
 
-`index` is an image's number in its whole split, always. Which images make a batch depends on (seed, epoch),
-what augmentation does to one on (seed, epoch, index): not on workers, processes or a restart.
+`index` is an image's number in its whole split, always. Which images make a batch depends on (seed,
+epoch), what augmentation does to one on (seed, epoch, index): not on workers, processes or a restart.
 
 Keys: SAT is arXiv:2006.14536.
 """
@@ -31,6 +31,7 @@ from attacks import uniform
 FOLDERS = {"imagenet": "data/imagenet", "cifar10": "data", "shapes": ""}
 BICUBIC = transforms.InterpolationMode.BICUBIC
 AUGMENT = 1  # uniform's counter for crops and flips; the attack's noise has others
+SHAPES_SEED = -1  # of the pictures themselves: no start or crop may repeat their numbers
 
 
 def key(*words):
@@ -76,13 +77,17 @@ def load(name, data_dir=None, train=True, res=None, classes=None, download=False
         raise SystemExit(f"--data {name} is unknown; use one of {', '.join(FOLDERS)}")
     if download and name != "cifar10":
         raise SystemExit(f"--download fetches cifar10 only, not {name}")
+    least, most, usual = {"imagenet": (32, 4096, 224), "cifar10": (32, 32, 32)}.get(name, (16, 1024, 32))
+    res = usual if res is None else res
+    if not least <= res <= most:
+        raise SystemExit(f"--res {res} does not fit {name}; use {least} to {most}")
     data_dir = Path(FOLDERS[name] if data_dir is None else data_dir)
     images = LOADERS[name](data_dir, train, res, download)
     if classes is not None:
         foreign = [name for name in images.classes if name not in classes]
         if foreign:
-            raise SystemExit(f"{len(foreign)} classes of {data_dir} are unknown to the model, e.g. {foreign[0]};"
-                             f" it has {len(classes)}, e.g. {classes[0]}; give its own data with --data-dir")
+            raise SystemExit(f"{len(foreign)} classes of {data_dir} are unknown to the model, e.g. "
+                             f"{foreign[0]}; it has {len(classes)}, e.g. {classes[0]}; give its --data-dir")
         images.y = torch.tensor([classes.index(name) for name in images.classes])[images.y]
         images.classes = classes
     if images.x is not None:
@@ -91,22 +96,17 @@ def load(name, data_dir=None, train=True, res=None, classes=None, download=False
 
 
 def imagenet(data_dir, train, res, download):
-    check_res("imagenet", res, 32)
     root = data_dir / ("train" if train else "val")
     try:
         folder = ImageFolder(root, allow_empty=True)
-    except OSError:
-        folder = None
-    if folder is None or not folder.samples:
-        raise SystemExit(f"no images under {root}; --data imagenet needs {data_dir}/{{train,val}}/<class>/*.JPEG"
-                         "; say where with --data-dir, or see it move without any data: --data shapes")
-    paths, y = zip(*folder.samples)
+        paths, y = zip(*folder.samples)
+    except (OSError, ValueError):  # no folder, no class, no image
+        raise SystemExit(f"no images under {root}; --data imagenet needs {{train,val}}/<class>/*.JPEG in its "
+                         "--data-dir; see it move without any: --data shapes")
     return Images("imagenet", folder.classes, res, torch.tensor(y), paths=list(paths))
 
 
 def cifar10(data_dir, train, res, download):
-    if res != 32:
-        raise SystemExit(f"--res {res} does not fit cifar10, which is 32 pixels wide; use --res 32")
     try:
         files = CIFAR10(data_dir, train=train, download=download)  # md5 first
     except (OSError, RuntimeError) as error:
@@ -117,7 +117,6 @@ def cifar10(data_dir, train, res, download):
 
 
 def shapes(data_dir, train, res, download):
-    check_res("shapes", res, 16)
     x, y = draw_shapes(6000 if train else 1000, res, train)
     return Images("shapes", list(SHAPES), res, y, x)
 
@@ -125,19 +124,15 @@ def shapes(data_dir, train, res, download):
 LOADERS = {"imagenet": imagenet, "cifar10": cifar10, "shapes": shapes}
 
 
-def check_res(name, res, least):
-    if res < least:
-        raise SystemExit(f"--res {res} is too small for {name}; use {least} or more")
-
-
-SHAPES = {  # class: signed distance to its edge, negative inside, at (u, v) of about unit radius
+SHAPES = {  # class: signed distance to its edge at (u, v), negative inside
     "disc": lambda u, v: torch.hypot(u, v) - 0.9,
     "ring": lambda u, v: (torch.hypot(u, v) - 0.75).abs() - 0.22,
     "square": lambda u, v: torch.maximum(u.abs(), v.abs()) - 0.8,
     "frame": lambda u, v: (torch.maximum(u.abs(), v.abs()) - 0.65).abs() - 0.2,
     "triangle": lambda u, v: torch.maximum(-v, 0.87 * u.abs() + 0.5 * v) - 0.55,
     "star": lambda u, v: torch.hypot(u, v) - 0.7 - 0.35 * torch.cos(5 * torch.atan2(u, v)),
-    "cross": lambda u, v: torch.maximum(torch.minimum(u.abs(), v.abs()) - 0.25, torch.maximum(u.abs(), v.abs()) - 1),
+    "cross": lambda u, v: torch.maximum(torch.minimum(u.abs(), v.abs()) - 0.25,
+                                        torch.maximum(u.abs(), v.abs()) - 1),
     "bar": lambda u, v: torch.maximum(u.abs() - 1.1, v.abs() - 0.3),
     "crescent": lambda u, v: torch.maximum(torch.hypot(u, v) - 1, 0.8 - torch.hypot(u - 0.5, v)),
     "pair": lambda u, v: torch.hypot(u.abs() - 0.62, v) - 0.42,
@@ -145,34 +140,31 @@ SHAPES = {  # class: signed distance to its edge, negative inside, at (u, v) of 
 
 
 def draw_shapes(n, res, train):
-    """Ten procedural classes -> x (n, 3, res, res) uint8, y (n,) int64; image i is always the same.
+    """Ten procedural classes -> x (n, 3, res, res) uint8, y (n,) int64; image i of a split never changes.
 
-    A shape of clear contrast, in a hue that leans on its class, survives an attack. A grating fainter than
-    eps, its pitch told by the class, does not: what a normal net leans on (Ilyas et al. 2019, 1905.02175).
+    The shape, and its hue a little, is the cue that survives an attack. The grating of 4/255, its pitch
+    told by the class, is the one that does not (cf. Ilyas et al. 2019, arXiv:1905.02175).
     """
     x, y = torch.empty(n, 3, res, res, dtype=torch.uint8), torch.arange(n) % len(SHAPES)
     row, column = torch.arange(res)[:, None], torch.arange(res)
     for index in torch.arange(n).split(max(1, 2**20 // res**2)):  # bounded memory at any resolution
-        u = uniform(0, index, (train, 0), (16,)).T[:, :, None, None]  # 16 numbers an image, (16, N, 1, 1)
-        part = y[index, None, None] / len(SHAPES)  # the class, as a fraction
-
-        # Place, scale and turn the shape; its edge is one pixel wide at any resolution
-        place, size, turn = 0.3 * u[:2] - 0.15, 0.5 + 0.2 * u[2], 0.6 * u[3] - 0.3
-        b, a = ((grid + 0.5) * 2 / res - 1 - middle for grid, middle in zip((row, column), place))
-        a, b = (a * turn.cos() + b * turn.sin()) / size, (b * turn.cos() - a * turn.sin()) / size
+        u = uniform(SHAPES_SEED, index, (train, 0), (16,)).T[:, :, None, None]  # (N, 16) -> (16, N, 1, 1)
+        k, size, turn = y[index, None, None] / len(SHAPES), 0.5 + 0.2 * u[2], 0.6 * u[3] - 0.3
+        a, b = ((axis + 0.5) * 2 / res - 0.85 - 0.3 * p for axis, p in zip((column, row), u))  # ± 0.15
+        a, b = (a * turn.cos() - b * turn.sin()) / size, (b * turn.cos() + a * turn.sin()) / size
         edge = torch.empty(len(index), res, res)
-        for k, distance in enumerate(SHAPES.values()):
-            edge[y[index] == k] = distance(a[y[index] == k], b[y[index] == k])
-        inside = (0.5 - edge * size * res / 2).clamp(0, 1)
+        for c, distance in enumerate(SHAPES.values()):
+            own = y[index] == c
+            edge[own] = distance(a[own], b[own])
+        inside = (0.5 - edge * size * res / 2).clamp(0, 1)  # an edge one pixel wide, not jagged
 
-        # Paint
-        hue = 2 * math.pi * (part + 0.4 * (u[9] - 0.5))
+        hue = 2 * math.pi * (k + 0.4 * u[9] - 0.2)
         tint = 1 + 0.5 * torch.cos(hue - 2 * math.pi / 3 * torch.arange(3)[:, None, None, None])
         ground = 0.15 + 0.2 * u[10:13] + 0.1 * (a * (u[5] - 0.5) + b * (u[6] - 0.5))
-        pitch = math.pi * (0.5 + 0.5 * part)
+        pitch = math.pi * (0.5 + 0.5 * k)  # a pixel
         grating = torch.cos(pitch * row + 6.3 * u[7]) * torch.cos(pitch * column + 6.3 * u[8])
-        image = ground + inside * (0.12 + 0.24 * u[13]) * tint + 4 / 255 * grating  # (3, N, res, res)
-        noise = 0.05 * (2 * uniform(0, index, (train, 1), (3, res, res)) - 1)
+        image = ground + inside * (0.16 + 0.28 * u[13]) * tint + 4 / 255 * grating  # (3, N, res, res)
+        noise = 0.1 * uniform(SHAPES_SEED, index, (train, 1), (3, res, res)) - 0.05
         x[index] = ((image.transpose(0, 1) + noise) * 255).round().clamp(0, 255).byte()
     return x, y
 
@@ -193,7 +185,7 @@ def hold_out(n, limit=None, holdout=0):
 
 
 def epoch_batches(members, epoch, seed, batch_size, world=1):
-    """The epoch's global batches, a list of index tensors: a new order each epoch, the last may be short.
+    """The epoch's global batches, a list of index tensors: a new order each epoch, a short one last.
 
     On several processes it is cut to a multiple of their number; one image each is no batch (BatchNorm).
     """
@@ -207,12 +199,13 @@ def epoch_batches(members, epoch, seed, batch_size, world=1):
 
 def train_batches(images, members, batch_size, epochs, seed=0, start=(0, 0), rank=0, world=1, workers=0,
                   device="cpu", autoaugment=False):
-    """Yields this rank's (index, x, y) of each step, from `start` = (epoch, step) to the last epoch's end.
+    """Yields this rank's (index, x, y) of each step, from `start` = (epoch, step) to the last epoch.
 
     One stream over all epochs: no worker stops between two, and a resumed run joins in at its step.
     """
-    plan = ((epoch, batch[rank::world]) for epoch in range(start[0], epochs) for batch in
-            epoch_batches(members, epoch, seed, batch_size, world)[start[1] if epoch == start[0] else 0:])
+    plan = ((epoch, batch[rank::world]) for epoch in range(start[0], epochs)
+            for step, batch in enumerate(epoch_batches(members, epoch, seed, batch_size, world))
+            if (epoch, step) >= start)
     if images.x is None:
         files = Files(images, members, train_transform(images.res, autoaugment), seed)
         yield from from_files(files, plan, workers, device)
@@ -222,12 +215,13 @@ def train_batches(images, members, batch_size, epochs, seed=0, start=(0, 0), ran
         index = index.to(device)
         x = crop_and_flip(images.x[index], uniform(seed, index, (AUGMENT, epoch), (3,)))
         if autoaugment:
-            x = torch.stack([seeded(key(seed, epoch, int(i)), policy, image) for i, image in zip(index, x)])
+            seeds = [key(seed, epoch, i) for i in index.tolist()]
+            x = torch.stack([seeded(*image) for image in zip(seeds, [policy] * len(x), x)])
         yield index, x.float().div_(255), images.y[index]
 
 
 def eval_batches(images, members, batch_size, workers=0, device="cpu"):
-    """Yields (index, x, y) of `members` in order, untransformed but for size; nothing padded or dropped."""
+    """Yields (index, x, y) of `members` in order, not augmented; nothing padded, nothing dropped."""
     plan = ((0, index) for index in members.split(batch_size))
     if images.x is None:
         yield from from_files(Files(images, members, eval_transform(images.res)), plan, workers, device)
@@ -270,6 +264,13 @@ def seeded(seed, function, *arguments):
         return function(*arguments)
 
 
+def to_rgb(picture):
+    """8 bits a channel from any picture; Pillow alone clips 16-bit greys to white."""
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    return picture.convert("RGB")
+
+
 class Files(Dataset):
     """(epoch, index) -> index, uint8 image, label, and what could not be read on the way.
 
@@ -285,7 +286,7 @@ class Files(Dataset):
         broken, picture = [], None
         while picture is None:
             try:
-                picture = Image.open(self.paths[index]).convert("RGB")
+                picture = to_rgb(Image.open(self.paths[index]))
             except Exception as error:  # Pillow raises half a dozen kinds for a damaged file
                 broken.append(f"{self.paths[index]} ({error})")
                 if self.seed is None or len(broken) == 100:
@@ -319,11 +320,12 @@ def from_files(files, plan, workers, device):
     device = torch.device(device)
     items = ([(epoch, i) for i in index.tolist()] for epoch, index in plan)
     loader = DataLoader(files, batch_sampler=items, num_workers=workers, collate_fn=collate,
-                        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
+                        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
+                        generator=torch.Generator())  # or it would draw from everybody's
     try:
         for index, x, y, broken in loader:
             if index is None:
-                raise SystemExit(f"cannot read {broken[-1]}; mend it: a score without it is another score")
+                raise SystemExit(f"cannot read {broken[-1]}; mend it: without it the score is another")
             files.images.broken += broken
             yield index.to(device), x.to(device, non_blocking=True).float().div_(255), y.to(device)
     except RuntimeError as error:

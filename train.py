@@ -47,8 +47,8 @@ RECIPES = {
     # SAT Sec. 7 names the attack only; the schedule is from Wong et al. 2020 (arXiv:2001.03994), longer
     "cifar10": dict(arch="resnet18", act="silu", epochs=30, schedule="onecycle", batch_size=128, lr=0.2,
                     wd=5e-4, eps=8, step_size=8, holdout=1000, val_every=1, log_every=50),
-    "shapes": dict(arch="resnet8", act="silu", epochs=12, schedule="onecycle", batch_size=100, lr=0.2,
-                   wd=5e-4, eps=8, step_size=8, holdout=500, val_every=3, log_every=20),
+    "shapes": dict(arch="resnet8", act="silu", epochs=8, schedule="onecycle", batch_size=64, lr=0.1,
+                   wd=5e-4, eps=8, step_size=8, holdout=500, val_every=2, log_every=20),
 }
 # SAT Sec. 5.2; 0.2 at the last block is EfficientNet's rate, dropout is each network's own
 ENHANCED = dict(wd=1e-5, epochs=200, stochastic_depth=0.2, autoaugment=True, ema=True, early_stop=True)
