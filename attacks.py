@@ -101,6 +101,7 @@ def pgd(model, x, y, eps, step_size, steps, noise=None, loss_scale=1.0, check=Tr
     """
     if check:
         check_arguments(model, x, y)
+    x = x.detach()
     lower, upper = ball(x, eps)
     if noise is None:
         noise = torch.empty_like(x).uniform_(-eps, eps)

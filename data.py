@@ -62,7 +62,7 @@ class Images:
     @property
     def fingerprint(self):
         """Changes with what the images are, not with where they lie."""
-        names = [Path(path).name for path in self.paths or []]
+        names = [Path(path).parts[-2:] for path in self.paths or []]
         return key(self.name, self.res, self.classes, self.n, names)
 
 

@@ -1,37 +1,46 @@
 """
 Doubt a robustness number, and draw what there is to see (SAT, arXiv:2006.14536).
 
-See every activation of the paper, no run needed:
+Every doubt of SAT's Sec. 6 about a run, a verdict a line; exit code 1 on a FAIL:
+$ python sanity.py report --out out
+The loss around images, nets on one scale (Fig. 5); the images themselves, attacked:
+$ python sanity.py landscape --out out/silu --against out/relu
+$ python sanity.py gallery --out out
+The activations (Figs. 1, 2); runs over their epochs; results beside SAT's (Figs. 3, 4):
 $ python sanity.py activations
-Two runs over their epochs:
 $ python sanity.py curves out/relu out/silu
-
-Keys: SAT is the paper; figures and sections are numbered as there.
+$ python sanity.py scatter results/*.json
+What the attack and each activation cost on this machine:
+$ python sanity.py cost --data shapes
+The first three take evaluate.py's flags too, the last train.py's. SAT is the paper, numbered as there.
 """
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+import data
+import evaluate
+import train
 from activations import ACTIVATIONS, make_act
-from attacks import uniform
-from evaluate import PAPER, wilson
-from models import MODELS
+from attacks import START, autoattack, cross_entropy, input_gradient, pgd, pgd_queue, uniform
+from evaluate import PAPER, PGD, progress, say, wilson
+from models import attacker_view, in_precision, precision
 
 # Drawing: one figure, one way to draw an axis
 
-FINE = 4  # shapes are drawn this many times finer and averaged; text is drawn last, at the final size
+FINE = 4  # shapes are drawn this many times finer, then averaged; text comes last, at the final size
 INK, FAINT = (30, 30, 30), (224, 224, 224)
-# Okabe and Ito's colours without the yellow, for any eyes; dashes tell them apart in grey
-COLOURS = "#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-DASHES = (), (8, 4), (10, 3, 2, 3), (2, 3)
-VIRIDIS = np.array([(68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141),
-                    (39, 173, 129), (92, 200, 99), (170, 220, 50), (253, 231, 37)])
+# Okabe and Ito's colours without the yellow, for all eyes; dashes tell them apart in grey
+COLOURS = "#000000", "#D55E00", "#0072B2", "#009E73", "#56B4E9", "#E69F00", "#CC79A7"
+DASHES = (9999, 1), (7, 5), (10, 4, 2, 4), (2, 3)
+VIRIDIS = (68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)
 
 
 class Figure:
@@ -39,158 +48,119 @@ class Figure:
 
     def __init__(self, width, height, scale):
         self.scale, self.fine, self.words = scale, scale * FINE, []
-        self.image = Image.new("RGB", (round(width * scale) * FINE, round(height * scale) * FINE), "white")
+        self.image = Image.new("RGB", [round(size * scale) * FINE for size in (width, height)], "white")
         self.pen = ImageDraw.Draw(self.image)
 
-    def line(self, points, colour=INK, width=1.0, dash=()):
-        points = np.asarray(points, float) * self.fine
+    def line(self, points, colour=INK, width=1.0, style=0):
+        points, dash = np.asarray(points) * self.fine, np.array(DASHES[style % 4]) * self.fine
         along = np.r_[0, np.hypot(*np.diff(points, axis=0).T).cumsum()]
-        ends = np.r_[0, along[-1]]
-        if dash:
-            ends = np.r_[0, np.tile(dash, int(along[-1] / self.fine / sum(dash)) + 1).cumsum()] * self.fine
-        for a, b in zip(ends[::2].clip(max=along[-1]), ends[1::2].clip(max=along[-1])):
+        ends = np.r_[0, np.tile(dash, int(along[-1] / dash.sum()) + 1).cumsum()].clip(max=along[-1])
+        for a, b in zip(ends[::2], ends[1::2]):
             at = np.r_[a, along[(a < along) & (along < b)], b]
-            piece = np.stack([np.interp(at, along, points[:, k]) for k in (0, 1)], axis=1)
+            piece = np.stack([np.interp(at, along, p) for p in points.T], axis=1)
             self.pen.line(piece.ravel().tolist(), colour, round(width * self.fine), joint="curve")
 
-    def polygon(self, points, fill, outline=None, width=1.0):
-        self.pen.polygon((np.asarray(points) * self.fine).ravel().tolist(), fill, outline,
-                         round(width * self.fine))
-
-    def disc(self, x, y, radius, fill, outline=None):
+    def disc(self, x, y, radius, fill, edge=None):
         corners = np.array([x - radius, y - radius, x + radius, y + radius]) * self.fine
-        self.pen.ellipse(corners.tolist(), fill, outline, round(1.5 * self.fine))
+        self.pen.ellipse(corners.tolist(), fill, edge, round(1.5 * self.fine))
 
-    def paste(self, image, left, top, width, height):
-        size = round(width * self.fine), round(height * self.fine)
-        method = Image.NEAREST if image.width < size[0] // FINE else Image.BOX
-        self.image.paste(image.resize(size, method), (round(left * self.fine), round(top * self.fine)))
+    def paste(self, pixels, left, top, width, height):
+        left, top, width, height = (round(k * self.fine) for k in (left, top, width, height))
+        self.image.paste(Image.fromarray(pixels).resize((width, height), Image.NEAREST), (left, top))
 
-    def text(self, x, y, words, anchor="ms", size=12, upright=False):
-        self.words.append((x, y, words, anchor, size, upright))
+    def text(self, x, y, words, anchor="ms", size=12, colour=INK):
+        self.words.append(((x * self.scale, y * self.scale), words, anchor, size * self.scale, colour))
 
     def save(self, path):
         image = self.image.reduce(FINE)
-        for upright in (True, False):  # upright text is drawn level, on the picture laid on its side
-            image = image.transpose(Image.ROTATE_270) if upright else image
-            pen = ImageDraw.Draw(image)
-            for x, y, words, anchor, size, turned in self.words:
-                at = (image.width / self.scale - y, x) if turned else (x, y)
-                if turned == upright:
-                    pen.text(tuple(np.multiply(at, self.scale)), words, INK, font(size * self.scale), anchor)
-            image = image.transpose(Image.ROTATE_90) if upright else image
+        for at, words, anchor, size, colour in self.words:
+            ImageDraw.Draw(image).text(at, words, colour, ImageFont.load_default(size), anchor)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
-        print(path)
-
-
-def font(size):
-    return ImageFont.load_default(size)
-
-
-def text_width(words, size=12):
-    return max(font(size * 8).getlength(w) / 8 for w in words) if words else 0
+        say(path)
 
 
 def ticks(lo, hi, most):
-    """Round numbers from lo to hi: multiples of 1, 2 or 5 times a power of ten, at most about `most`."""
+    """Round numbers from lo to hi, about `most`: multiples of 1, 2 or 5 times a power of ten."""
     unit = 10 ** np.floor(np.log10((hi - lo) / most))
     unit *= next(k for k in (1, 2, 5, 10) if (hi - lo) / (k * unit) <= most)
-    return np.arange(np.ceil(lo / unit - 1e-9), np.floor(hi / unit + 1e-9) + 1) * unit
+    return (np.arange(np.ceil(lo / unit - 1e-9), np.floor(hi / unit + 1e-9) + 1) * unit).round(12) + 0.0
 
 
 def axis(fig, start, end, lo, hi, label, out, grid=0):
-    """A line from start to end that counts from lo to hi; `out` is the unit vector away from the data."""
-    start, end, out = np.array(start, float), np.array(end, float), np.array(out)
-    side = abs(out[0]) > 0.9
-    anchor = "lmr"[1 - round(np.sign(out[0]) * (abs(out[0]) > 0.4))] + ("m" if side else "a")
-    marks = ticks(lo, hi, max(2, np.hypot(*(end - start)) / 48))
-    numbers = [f"{mark:.6g}" for mark in marks.round(12) + 0.0]
-    for mark, number in zip(marks, numbers):
+    """A line from start to end that counts from lo to hi; `out`: a unit vector, away from the data."""
+    start, end, out = np.array(start), np.array(end), np.array(out)
+    upright = abs(out[0]) == 1
+    anchor = "rml"[1 + int(np.sign(out[0]))] + ("m" if upright else "a")
+    for mark in ticks(lo, hi, np.hypot(*(end - start)) / (32 if upright else 48)):
         at = start + (mark - lo) / (hi - lo) * (end - start)
         fig.line([at - grid * out, at], FAINT)
         fig.line([at, at + 4 * out])
-        fig.text(*(at + 7 * out), number, anchor, 11)
+        fig.text(*(at + 7 * out), f"{mark:.6g}", anchor)
     fig.line([start, end])
-    away = 14 + text_width(numbers, 11) if side else 22 if out[0] == 0 else 34
-    fig.text(*((start + end) / 2 + away * out), label, ("ms" if out[0] < 0 else "ma") if side else anchor,
-             upright=side)
+    middle = (start + end) / 2 + (24 if out[0] == 0 else 36) * out
+    fig.text(*(end - (0, 9) if upright else middle), label, anchor if not upright else "ms")
 
 
-def axes(fig, box, xs, ys, xlabel, ylabel, title, grid=True):
-    """Two axes around box = (left, top, right, bottom) -> place(x, y), from data to the figure's units."""
+def axes(fig, box, xs, ys, xlabel, ylabel, title="", room=0.0, grid=True):
+    """Two axes around box = (left, top, right, bottom), with room -> place(x, y), from data to figure."""
     left, top, right, bottom = box
-    fig.text(left, top - 10, title, "ls", 13)
+    xs, ys = ((min(v) - room * (np.ptp(v) or 10), max(v) + room * (np.ptp(v) or 10)) for v in (xs, ys))
+    fig.text((left + right) / 2, top - 28, title, "ms", 13)
     axis(fig, (left, bottom), (right, bottom), *xs, xlabel, (0, 1), grid * (bottom - top))
     axis(fig, (left, bottom), (left, top), *ys, ylabel, (-1, 0), grid * (right - left))
-    return lambda x, y: np.stack([left + (np.asarray(x) - xs[0]) / (xs[1] - xs[0]) * (right - left),
-                                  bottom - (np.asarray(y) - ys[0]) / (ys[1] - ys[0]) * (bottom - top)], -1)
+    return lambda x, y: np.stack([np.interp(x, xs, (left, right)), np.interp(y, ys, (bottom, top))], -1)
 
 
-def limits(values, room=0.05):
-    """The range of an axis that shows all values with some room."""
-    lo, hi = np.min(values), np.max(values)
-    room = room * (hi - lo) or 0.5
-    return lo - room, hi + room
-
-
-def plot(fig, box, lines, xlabel, ylabel, title):
-    """Lines, each (number of its style, x, y), on axes of their own; dots where there are few points."""
-    lines = [(style, *np.array(xy, float)[:, np.isfinite(xy[1])]) for style, *xy in lines if len(xy[0])]
-    xs, ys = (limits(np.concatenate([line[k] for line in lines] or [[0, 1]])) for k in (1, 2))
-    place = axes(fig, box, xs, ys, xlabel, ylabel, title)
-    for style, x, y in lines:
-        points = place(x, y)
-        fig.line(points, COLOURS[style % 7], 2, DASHES[style % 4])
-        for point in points if len(x) < 40 else ():
-            fig.disc(*point, 3, COLOURS[style % 7])
-
-
-def legend(fig, x, y, names):
-    """The styles of `plot`, one line a name, beside the axes and so never on the data."""
-    for i, name in enumerate(names):
-        fig.line([(x, y + 20 * i), (x + 34, y + 20 * i)], COLOURS[i % 7], 2, DASHES[i % 4])
-        fig.text(x + 42, y + 20 * i, name, "lm")
+def plots(args, path, names, columns, panels):
+    """Panels (title, xlabel, ylabel, lines) in rows; lines (x, y), one a name, with dots if short."""
+    fig = Figure(340 * columns + 240, 340 * (len(panels) // columns) + 20, args.scale)
+    for p, (title, xlabel, ylabel, lines) in enumerate(panels):
+        left, top = 60 + 340 * (p % columns), 60 + 340 * (p // columns)
+        xs, ys = (np.concatenate([line[k] for line in lines]) for k in (0, 1))
+        place = axes(fig, (left, top, left + 270, top + 240), xs, ys, xlabel, ylabel, title, 0.05)
+        for i, (x, y) in enumerate(lines):
+            fig.line(place(x, y), COLOURS[i % 7], 2, i)
+            for point in place(x, y) if len(x) < 40 else ():
+                fig.disc(*point, 3, COLOURS[i % 7])
+    for i, name in enumerate(names):  # beside the axes, never on the data
+        x, y = 340 * columns + 30, 70 + 20 * i
+        fig.line([(x, y), (x + 34, y)], COLOURS[i % 7], 2, i)
+        fig.text(x + 42, y, name, "lm")
+    fig.save(args.png or path)
 
 
 def viridis(v):
-    """Numbers in [0, 1] -> (..., 3) uint8 colours whose lightness rises evenly."""
-    return np.stack([np.interp(v, np.linspace(0, 1, 9), c) for c in VIRIDIS.T], -1).round().astype(np.uint8)
+    """Numbers (...) in [0, 1] -> (..., 3) uint8 colours whose lightness rises evenly."""
+    return np.stack([np.interp(v, np.linspace(0, 1, 5), c) for c in zip(*VIRIDIS)], -1).astype(np.uint8)
 
 
 def heat_map(fig, box, z, lo, hi):
-    """z (n, n), its first index to the right, its second up: colours from lo to hi, lines at the ticks."""
+    """z (n, n), first index to the right, second up, in colours from lo to hi, with contour lines."""
     left, top, right, bottom = box
-    size, n = (round((right - left) * fig.fine), round((bottom - top) * fig.fine)), len(z)
-    field = Image.fromarray(np.ascontiguousarray(z.T[::-1], dtype=np.float32))
-    field = np.asarray(field.resize(size, Image.BILINEAR, box=(0.5, 0.5, n - 0.5, n - 0.5)))
-    rgb, slope = viridis((field - lo) / (hi - lo)), np.hypot(*np.gradient(field))
-    for level in ticks(lo, hi, 8):  # a line is where the level is nearer than half its width
-        on = np.abs(field - level) < slope * fig.fine / 2
-        rgb[on] = 255 if level < (lo + hi) / 2 else INK
-    fig.image.paste(Image.fromarray(rgb), (round(left * fig.fine), round(top * fig.fine)))
+    n, size = len(z) - 0.5, [round(k * fig.fine) for k in (right - left, bottom - top)]
+    field = Image.fromarray(np.ascontiguousarray(z.T[::-1], np.float32))
+    field = np.asarray(field.resize(size, Image.BILINEAR, (0.5, 0.5, n, n)))
+    pixels, slope = viridis((field - lo) / (hi - lo)), np.hypot(*np.gradient(field))
+    for level in ticks(lo, hi, (bottom - top) / 32):  # a line is what is within half its width
+        pixels[np.abs(field - level) < slope * fig.fine / 2] = 255 if level < (lo + hi) / 2 else 0
+    fig.paste(pixels, left, top, right - left, bottom - top)
 
 
-def surface_3d(fig, x, y, size, z, lo, hi, radius, labels):
-    """z (n, n) as a shaded surface from lo to hi, far patches first; (x, y) is the middle of its floor."""
+def surface_3d(fig, x, y, size, z, lo, hi, unit, labels):
+    """z (n, n) as a shaded surface, farthest patch first; (x, y) is the middle of its floor."""
     def place(a, b, c):  # a and b from -1 to 1, c from 0 to 1
         across, depth = 0.75 * a - 0.66 * b, 0.66 * a + 0.75 * b
         return np.stack([x + size * across, y - size * (0.42 * depth + 1.1 * c)], -1)
 
-    n, ab, height = len(z), np.linspace(-1, 1, len(z)), (z - lo) / (hi - lo)
-    points = place(ab[:, None], ab, height)
-    patches = np.stack([points[:-1, :-1], points[1:, :-1], points[1:, 1:], points[:-1, 1:]], 2)
-    middle = (height[1:, 1:] + height[:-1, :-1] + height[1:, :-1] + height[:-1, 1:]) / 4
-    slope_a = np.diff(height, axis=0)[:, 1:] * (n - 1) / 2
-    slope_b = np.diff(height, axis=1)[1:] * (n - 1) / 2
+    n, c = len(z) - 1, (z - lo) / (hi - lo)
+    points = place(np.linspace(-1, 1, n + 1)[:, None], np.linspace(-1, 1, n + 1), c) * fig.fine
+    slope_a, slope_b = np.gradient(c, 2 / n)
     light = (0.45 * slope_a - 0.25 * slope_b + 0.85) / np.sqrt(1 + slope_a**2 + slope_b**2)
-    colour = (viridis(middle) * (0.55 + 0.45 * light.clip(0, 1))[..., None]).astype(np.uint8)
-    corners = np.array([(-1, 1, 0), (1, 1, 0), (1, -1, 0), (1, 1, 0), (1, 1, 1), (-1, 1, 1), (1, 1, 1), (1, -1, 1)])
-    fig.line(place(*corners.T), FAINT)
-    for i in reversed(range(n - 1)):
-        for j in reversed(range(n - 1)):
-            fig.polygon(patches[i, j], tuple(colour[i, j]), tuple((colour[i, j] * 0.85).astype(int)), 0.25)
-    unit = radius * 255
+    colours = (viridis(c) * (0.55 + 0.45 * light.clip(0, 1))[..., None]).astype(int)
+    for i, j in np.argwhere(np.ones((n, n)))[::-1]:
+        patch = points[[i, i + 1, i + 1, i], [j, j, j + 1, j + 1]].ravel().tolist()
+        fig.pen.polygon(patch, tuple(colours[i, j]), tuple(colours[i, j] * 9 // 10))
     axis(fig, place(-1, -1, 0), place(1, -1, 0), -unit, unit, labels[0], (0.45, 0.89))
     axis(fig, place(-1, -1, 0), place(-1, 1, 0), -unit, unit, labels[1], (-0.45, 0.89))
     axis(fig, place(-1, 1, 0), place(-1, 1, 1), lo, hi, labels[2], (-1, 0))
@@ -198,243 +168,390 @@ def surface_3d(fig, x, y, size, z, lo, hi, radius, labels):
 
 # The curves: SAT Figs. 1 and 2
 
-WIDE = torch.linspace(-6, 6, 12001).double()
+def medians(rounds, calls):
+    """Medians of what each call returns, all in turn, after two warm-ups -> (calls, numbers)."""
+    return np.median([[call() for call in calls] for _ in range(2 + rounds)][2:], axis=0)
 
 
 def derivatives(act, x):
-    """The curve at x (n,) float64, its slope and its curvature, each (n,), by autograd."""
-    x = x.requires_grad_()
+    """The curve at x (n,) float64, its slope and its curvature, by autograd -> (3, n)."""
+    x = x.clone().requires_grad_()
     y = act.double()(x)
     slope, = torch.autograd.grad(y.sum(), x, create_graph=True)
-    curvature = torch.zeros_like(x)
-    if slope.requires_grad:
-        curvature, = torch.autograd.grad(slope.sum(), x, materialize_grads=True)
-    return y.detach(), slope.detach(), curvature
+    curvature = torch.autograd.grad(slope.sum(), x)[0] if slope.requires_grad else torch.zeros_like(x)
+    return torch.stack([y, slope, curvature]).detach()
 
 
-def smoothness(act):
-    """A class, the slope's jump at 0 and the largest curvature, as measured."""
-    _, slope, curvature = derivatives(act, torch.cat([torch.tensor([-1e-9, 1e-9]).double(), WIDE]))
-    jumps = [(d[1] - d[0]).abs().item() for d in (slope, curvature)]
-    kind = "C0" if jumps[0] > 1e-3 else "C1" if jumps[1] > 1e-3 else "Cinf"
-    return kind, jumps[0], float("inf") if kind == "C0" else curvature.abs().max().item()
-
-
-def saved_bytes(act, x):
-    """What one float32 element costs in memory until the backward pass."""
-    kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
-        y = act(x)
-    return sum(t.numel() * t.element_size() for t in kept.values()) / y.numel()
-
-
-def clock(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def act_times(acts, x, rounds=31):
-    """Median seconds of a forward and a backward pass for each activation, taken in turn -> (acts, 2)."""
-    spent = np.zeros((rounds, len(acts), 2))
-    for r in range(-2, rounds):  # the first two warm up
-        for a, act in enumerate(acts):
-            start = clock(x.device)
-            y = act(x)
-            middle = clock(x.device)
-            torch.autograd.grad(y, [x, *act.parameters()], x)
-            spent[r, a] = middle - start, clock(x.device) - middle
-    return np.median(spent, axis=0)
+def act_cost(act, x):
+    """Seconds forward and backward; bytes that an element of x costs in memory between the two."""
+    kept, began = {}, train.clock(x.device, True)
+    y = act(x)
+    middle = train.clock(x.device, True)
+    torch.autograd.grad(y, [x, *act.parameters()], x)
+    end = train.clock(x.device, True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), kept.get):
+        act(x)
+    return middle - began, end - middle, sum(t.nbytes for t in kept.values()) / x.numel()
 
 
 def activations(args):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    x = torch.randn(1 << 20, device=device).requires_grad_()
-    acts = [make_act(name).to(device) for name in ACTIVATIONS]
-    times = act_times(acts, x)
-    print(f"{'':11}class  jump of f'(0)  largest f''  saved bytes  forward  backward (against ReLU, {device})")
-    sharp = []
-    for name, act, spent in zip(ACTIVATIONS, acts, times / times[0]):
-        kind, jump, bend = smoothness(make_act(name))
-        print(f"{name:<11}{kind:<5}{jump:15.3f}{bend:13.3f}{saved_bytes(act, x):13.1f}{spent[0]:9.2f}{spent[1]:10.2f}")
-        sharp.append(bend > 2)
-    fig = Figure(880, 660, args.scale)
-    for row, (reach, title) in enumerate(((0.5, "Like ReLU, near 0"), (4, "All others, and ReLU"))):
-        at = torch.linspace(-reach, reach, 801).double()
-        shown = [i for i in range(len(sharp)) if sharp[i] == (row == 0) or i == 0]
-        for k, what in enumerate(("f(x)", "f '(x)")):
-            lines = [(i, at, derivatives(make_act(list(ACTIVATIONS)[i]), at.clone())[k]) for i in shown]
-            box = 70 + 350 * k, 40 + 320 * row, 360 + 350 * k, 280 + 320 * row
-            plot(fig, box, lines, "x", what, title + (", the derivative" if k else ""))
-    legend(fig, 745, 150, list(ACTIVATIONS))
-    fig.save(args.png or "out/activations.png")
+    torch.set_num_threads(1)  # threads that wait for each other would hide what a curve costs
+    device, _, _ = evaluate.open_device("auto")
+    x = torch.randn(2**17 if device.type == "cpu" else 2**24, device=device, requires_grad=True)
+    costs = medians(101, [partial(act_cost, make_act(name).to(device), x) for name in ACTIVATIONS])
+    say(f"on {device}    class  jump of f'(0)  largest f''  saved bytes  forward  backward (ReLU: 1)")
+    around = torch.cat([torch.tensor([-1e-9, 1e-9]), torch.linspace(-6, 6, 12001)]).double()
+    for name, (forward, backward, saved) in zip(ACTIVATIONS, costs / (*costs[0, :2], 1)):
+        _, slope, curvature = derivatives(make_act(name), around)
+        jump, kink = slope[1] - slope[0], curvature[1] - curvature[0]
+        kind = "C0" if jump.abs() > 1e-3 else "C1" if kink.abs() > 1e-3 else "C2+"
+        bend = torch.inf if kind == "C0" else curvature.abs().max()
+        say(f"{name:<11}{kind:<5}{jump:15.3f}{bend:13.3f}{saved:13.1f}{forward:9.2f}{backward:10.2f}")
+    panels = []
+    for at in (torch.linspace(-4, 4, 801).double(), torch.linspace(-0.3, 0.3, 801).double()):
+        shapes = [derivatives(make_act(name), at) for name in ACTIVATIONS]
+        for k, (label, title) in enumerate((("f(x)", "Activations"), ("f '(x)", "Derivatives"))):
+            panels.append((title, "x", label, [(at, shape[k]) for shape in shapes]))
+    plots(args, "out/activations.png", ACTIVATIONS, 2, panels)
 
 
-# Runs and results
-
-def read_log(folder):
-    """The lines of a run's log.jsonl -> a list of dicts."""
-    path = Path(folder) / "log.jsonl"
-    if not path.exists():
-        raise SystemExit(f"no run in {folder} ({path} is missing); give folders that train.py --out made")
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # the last may be torn
-
+# Runs over epochs, results beside the paper's
 
 def curves(args):
-    logs = [read_log(out) for out in args.outs]
-    names = [Path(out).resolve().name for out in args.outs]
-    names = names if len(set(names)) == len(names) else args.outs
-    fig = Figure(1060 + text_width(names), 340, args.scale)
-    for k, (kind, field, unit, label, title) in enumerate((
-            ("epoch", "loss", 1, "cross-entropy", "Training loss, attacked"),
-            ("val", "clean", 100, "accuracy (%)", "Clean accuracy, held out"),
-            ("val", "robust", 100, "accuracy (%)", "Robust accuracy, held out"))):
-        logged = [[line for line in log if line["kind"] == kind and field in line] for log in logs]
-        lines = [(i, [l["epoch"] for l in log], [unit * l[field] for l in log]) for i, log in enumerate(logged)]
-        plot(fig, (70 + 330 * k, 40, 330 + 330 * k, 280), lines, "epoch", label, title)
-    legend(fig, 1010, 60, names)
-    fig.save(args.png or Path(args.outs[0]) / "curves.png")
+    logs, panels = [], []
+    for path in [Path(out) / "log.jsonl" for out in args.rest]:
+        if not path.exists():
+            raise SystemExit(f"no run in {path.parent} ({path} is missing); give folders of train.py")
+        whole = path.read_text().rpartition("\n")[0]  # the last line may be torn
+        logs.append([json.loads(line) for line in whole.split("\n")])
+    for kind, field, scale, label, title in (
+            ("epoch", "loss", 1, "cross-entropy", "Training loss, attacked images"),
+            ("val", "clean", 100, "accuracy (%)", "Clean accuracy, held-out images"),
+            ("val", "robust", 100, "accuracy (%)", "Robust accuracy, held-out images")):
+        seen = [[(v["epoch"], scale * v[field]) for v in log if v["kind"] == kind] for log in logs]
+        panels.append((title, "epoch", label, [np.transpose(points or [(0, 0)]) for points in seen]))
+    plots(args, Path(args.rest[0]) / "curves.png", args.rest, 3, panels)
 
 
-def write_labels(fig, box, points, names):
-    """Each name beside its point, where it covers neither a point nor another name."""
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in points]
-    for (x, y), name in zip(points, names):
-        width = text_width([name], 11) * bool(name)
-        for away in (9, 18, 28, 40, 54, 70):
-            for turn in (0, 4, 2, 6, 1, 7, 3, 5):
-                dx, dy = np.cos(turn * np.pi / 4), np.sin(turn * np.pi / 4)
-                cx, cy = x + dx * (away + width / 2), y + dy * (away + 4)
-                spot = cx - width / 2 - 2, cy - 7, cx + width / 2 + 2, cy + 7
-                inside = spot[0] > box[0] and spot[2] < box[2] and spot[1] > box[1] and spot[3] < box[3]
-                if inside and not any(spot[0] < t[2] and t[0] < spot[2] and spot[1] < t[3] and t[1] < spot[3]
-                                      for t in taken):
-                    break
-            else:
-                continue
-            break
-        taken.append(spot)
-        if away > 18:
-            fig.line([(x, y), (x + dx * away, y + dy * away)], (150, 150, 150), 0.7)
-        fig.text(cx, cy, name, "mm", 11)
-
-
-def scatter(args, paper=PAPER):
-    panels = {}
-    for path in args.reports:
-        r = json.loads(Path(path).read_text())
+def scatter(args):
+    """A panel for each attack; a cross is two 95% intervals, a point's number is in the legend."""
+    panels, keys, right = {}, {}, 60
+    for path in map(Path, args.rest):
+        r = json.loads(path.read_text()) if path.exists() else {}
+        if "n_robust" not in r:
+            raise SystemExit(f"{path} is not a report; give files that evaluate.py --json wrote")
         attack = f"PGD-{r['steps']}" if r["attack"] == "pgd" else r["attack"]
-        key = r["arch"], r["act"], r["res"]
-        rates = [[100 * v for v in (r[k] / r["n"], *wilson(r[k], r["n"]))] for k in ("n_correct", "n_robust")]
-        panels.setdefault((r["data"], attack, r["eps"]), []).append((key, *rates))
-    fig = Figure(540 * len(panels) + 150, 500, args.scale)
-    for k, ((name, attack, eps), ours) in enumerate(panels.items()):
-        box = 70 + 540 * k, 40, 550 + 540 * k, 440
-        theirs = {key: p for key, p in paper.items() if (name, eps) == ("imagenet", 4) and p[0] is not None}
-        clean = [v for _, rate, _ in ours for v in rate] + [p[0] for p in theirs.values()]
-        robust = [v for _, _, rate in ours for v in rate] + [p[1] for p in theirs.values()]
-        place = axes(fig, box, limits(robust, 0.1), limits(clean, 0.1), "robust accuracy (%)", "clean accuracy (%)",
-                     f"{name}, {attack}, eps {eps:g}/255")
-        points, names = [], []
-        for key, a, b in ours:
-            fig.line(place([b[1], b[2]], [a[0]] * 2), COLOURS[2])
-            fig.line(place([b[0]] * 2, [a[1], a[2]]), COLOURS[2])
-            if key in theirs:
-                fig.line([place(b[0], a[0]), place(theirs[key][1], theirs[key][0])], (150, 150, 150), 1, (2, 2))
-            points.append(place(b[0], a[0]))
-            names.append(" ".join(key[:2]) + f" {key[2]} px" * (key[2] != MODELS[key[0]].res and name == "imagenet"))
-        for key, p in theirs.items():
-            points.append(place(p[1], p[0]))
-            known = any(key == o[0] for o in ours)  # then the dotted line says whose it is
-            names.append("" if known else " ".join(key[:2]) + f" {key[2]} px" * (key[2] != MODELS[key[0]].res))
-        write_labels(fig, box, points, names)
-        for i, point in enumerate(points):
-            fig.disc(*point, 4.5, *((COLOURS[2], COLOURS[2]) if i < len(ours) else ("white", COLOURS[1])))
-    x = 540 * len(panels) + 40
-    for y, name, fill, edge in ((60, "ours, 95%", COLOURS[2], COLOURS[2]), (82, "SAT's", "white", COLOURS[1])):
-        fig.disc(x, y, 4.5, fill, edge)
-        fig.text(x + 14, y, name, "lm")
-    fig.save(args.png or Path(args.reports[0]).parent / "scatter.png")
+        attack += ", last iterate" * r.get("last_iterate", False)
+        panel = panels.setdefault(f"{r['data']}, {attack}, eps {r['eps']:g}/255", {})
+        panel[r["arch"], r["act"], r["res"], True] = 100 * np.array(
+            [(k / r["n"], *wilson(k, r["n"])) for k in (r["n_robust"], r["n_correct"])])
+        if (r["data"], r["eps"]) == ("imagenet", 4):
+            panel.update({(*key, False): [[p[1]] * 3, [p[0]] * 3] for key, p in PAPER.items() if p[0]})
+    fig = Figure(540 * len(panels) + 300, 560, args.scale)
+    for title, panel in panels.items():
+        xs, ys = (np.ravel([rates[i] for rates in panel.values()]) for i in (0, 1))
+        labels, box = ("robust accuracy (%)", "clean accuracy (%)"), (right, 60, right + 480, 500)
+        place = axes(fig, box, xs, ys, *labels, title, 0.1)
+        taken = [place(x[0], y[0]) for x, y in panel.values()]
+        for (*key, ours), (x, y), point in zip(panel, panel.values(), taken[:]):
+            fig.line(place(x[1:], [y[0]] * 2), COLOURS[2])
+            fig.line(place([x[0]] * 2, y[1:]), COLOURS[2])
+            fig.disc(*point, 4.5, *((COLOURS[2], None) if ours else ("white", COLOURS[1])))
+            spots = [point + r * np.array([np.cos(a), np.sin(a)]) for r in (12, 18, 24) for a in range(6)]
+            room = [min(np.hypot(*(spot - t)) for t in taken) for spot in spots]
+            taken.append(spots[np.argmax(np.minimum(room, 11))])  # the nearest with room for a number
+            fig.text(*taken[-1], str(keys.setdefault(tuple(key), len(keys) + 1)), "mm", 10)
+        right += 540
+    fig.text(right, 50, "disc: ours; ring: SAT's", "lm")
+    for (arch, act, res), number in keys.items():
+        fig.text(right, 54 + 20 * number, f"{number}  {arch}, {act}, {res} px", "lm")
+    fig.save(args.png or Path(args.rest[0]).parent / "scatter.png")
+
+
+# A trained net and its images
+
+SLOTS = 100  # images in work at a time
+parts = lambda *tensors: zip(*(t.split(SLOTS) for t in tensors))
+
+
+def open_run(args, limit):
+    """The run that evaluate.py's flags name: its net, its first test images, the attack's numbers."""
+    flags = evaluate.get_args(args.rest)
+    run = evaluate.find_run(flags)
+    run.device, _, _ = evaluate.open_device(flags.device)
+    run.images = data.load(run.data, run.data_dir, False, run.res, run.classes, device=run.device)
+    run.net, run.digest = evaluate.open_model(run, run.images, run.device)
+    members = data.subset(run.images.n, flags.limit or limit)
+    run.index, run.x, run.y = next(data.eval_batches(run.images, members, len(members), 0, run.device))
+    for name, default in zip(("eps", "step_size", "steps"), PGD[run.data]):
+        setattr(run, name, default if vars(flags)[name] is None else vars(flags)[name])
+    return SimpleNamespace(**vars(run), out=run.weights.parent, json=flags.json)
+
+
+def other_net(path, run):
+    """The net in another run's folder, or in a file (like `run`'s unless args.json says), and its name."""
+    folder, weights = (Path(path), None) if Path(path).is_dir() else (Path(path).parent, path)
+    flags = dict(data=None, arch=None, act=None) if (folder / "args.json").exists() else vars(run)
+    other = evaluate.find_run(SimpleNamespace(**flags | dict(out=folder, weights=weights)))
+    return evaluate.open_model(other, run.images, run.device)[0], f"{other.arch} {other.act}"
+
+
+def pgd_from(net, index, x, y, eps, step_size, steps):
+    """PGD from evaluation's starts, eps and step_size in 1/255 -> its last iterates, as x."""
+    noise = (2 * uniform(0, index, (START, 0), x.shape[1:]) - 1) * eps / 255
+    attack = partial(pgd, net, eps=eps / 255, step_size=step_size / 255, steps=steps)
+    return torch.cat([attack(a, b, noise=c) for a, b, c in parts(x, y, noise)])
+
+
+@torch.no_grad()
+def logits_of(net, x):
+    return torch.cat([net(part).float() for part in x.split(SLOTS)])
+
+
+# The doubts: SAT Sec. 6, and Carlini et al. 2019 (arXiv:1902.06705), which it follows
+
+MARKS = 1, 5, 10, 20, 50, 100, 200  # iterations
+RADII, SWEEP = (1, 2, 4, 8, 16, 32, 64), 20  # eps in 1/255; steps at each
+
+
+def judge(what, hit, warn, fail, why, note=""):
+    """A doubt about a share of images, hit (n,) bool; past a bound is where all its 95% interval is."""
+    k, n, most = int(hit.sum()), len(hit), warn < fail
+    low, high = wilson(k, n)
+    past = [low > bound if most else high < bound for bound in (fail, warn)]
+    verdict = "FAIL" if past[0] else "WARN" if past[1] else "PASS" if n else "SKIP"
+    return dict(verdict=verdict, what=what, measured=f"{k / max(n, 1):.1%} of {n}{note}", why=why,
+                wanted=f"at {'most' if most else 'least'} {100 * warn:.3g}%")
+
+
+def doubts(net, index, x, y, eps, step_size, surrogate=None, normal=None, watch=lambda *where: None):
+    """All the ways to doubt a net in eval mode, on images sorted by index; yields a dict for each.
+
+    eps: of its training, step_size: of PGD, in 1/255. watch(what, images done, images): as time passes.
+    """
+    def fall(what, net, chosen, eps, step_size, steps, **more):
+        """The step at which each image fell in the work queue: inf if robust, -1 if wrong as it is."""
+        lines, batches = [], parts(index[chosen], x[chosen], y[chosen])
+        for line in pgd_queue(net, batches, SLOTS, eps / 255, step_size / 255, steps, **more,
+                              tick=lambda: watch(what, len(lines), len(y[chosen]))):
+            lines.append(line)
+        lines.sort(key=lambda line: line["index"])
+        return torch.tensor([line["fell"][1] if line["fell"] else inf if line["clean"] == line["label"]
+                             else -1 for line in lines], device=x.device)
+
+    # The net by itself
+    inf, logits, again = torch.inf, logits_of(net, x), logits_of(net, x)
+    right, chance = logits.argmax(1) == y, 1 / logits.shape[1]
+    yield judge("right on clean images", right, 2 * chance, chance, "guessing leaves nothing to attack")
+    drift = (again - logits).abs().amax(1) > 1e-4 * logits.abs().amax(1)
+    yield judge("two calls differ", drift, 0, 0.1, "a random net hides its slope; a verdict is one draw")
+    odd = ~logits.isfinite().all(1) | (logits.amin(1) >= 0) & ((logits.sum(1) - 1).abs() < 1e-4)
+    yield judge("outputs that are no logits", odd, 0, 0.1, "a second softmax flattens the loss")
+    low = logits_of(in_precision(net, "bf16", x.device), x).argmax(1)
+    yield judge("bf16 decides otherwise", low != logits.argmax(1), 0.05, 0.2, "rounding decides")
+    batch = logits_of(attacker_view(net, batch_stats=True), x).argmax(1) == y
+    yield judge("right by batch statistics only", batch & ~right, 0.1, 0.3, "BatchNorm is off")
+    slopes = [input_gradient(net, a, lambda z: cross_entropy(z, b))[1] for a, b in parts(x, y)]
+    zero = (torch.cat(slopes) == 0).flatten(1).float().mean(1) > 0.05
+    yield judge("zeros in the input gradient", zero[right], 0.02, 0.1, "saturated or rounded")
+
+    # Iterations, from one run
+    fell = fall("iterations", net, slice(None), eps, step_size, max(MARKS))
+    curve = "; after " + ", ".join(f"{k}: {(fell > k).float().mean():.1%}" for k in MARKS)
+    yield judge("fooled by noise", fell[right] == 0, 0.1, 0.3, "a random start is no attack")
+    yield judge("fooled by steps 1 to 200", fell[fell > 0] < inf, 0.05, 0.02, "PGD is blind", curve)
+    yield judge("fooled by steps 101 to 200", fell[fell > 100] < inf, 0.05, 0.2, "PGD has not converged")
+    yield judge("robust", fell[right] == inf, 0.1, 0.05, "there is no robustness to doubt")
+    once = fall("PGD-1", net, slice(None), eps, eps, 1)
+    lost = (fell > 50) & (once <= 1)
+    yield judge("PGD-1 fools, PGD-50 does not", lost[right], 0.02, 0.1, "more steps find less: masked")
+    yield judge("robust to PGD-1, and to PGD-50", (fell > 50)[once > 1], 0.5, 0.25, "overfitted to it")
+
+    # Radii
+    falls = [fall(f"eps {e}", net, right, e, max(1, 2.5 * e / SWEEP), SWEEP) for e in RADII]
+    stand = torch.stack(falls) == inf
+    curve = "; eps " + ", ".join(f"{e}: {s.sum() / len(y):.1%}" for e, s in zip(RADII, stand))
+    lost = (stand[1:] & ~stand[:-1]).any(0)
+    yield judge("falls to an eps, not to the next", lost, 0.05, 0.15, "PGD is lost in the ball", curve)
+    yield judge(f"robust at eps {RADII[-1]}", stand[-1], 0.05, 0.15, "it drowns the image")
+
+    # Other attacks, on what PGD left
+    left, by = fell == inf, []
+    more = fall("restarts", net, left, eps, step_size, 20, restarts=4, seed=1)
+    yield judge("left, then fooled by 4 restarts", more < inf, 0.05, 0.2, "PGD depends on luck")
+    for a, b, i in parts(x[left], y[left], index[left]):
+        tell = lambda name, step, steps, n: watch(name, len(by) + len(b) * step / steps, int(left.sum()))
+        attacks = dict(attacks=("apgd-ce", "square"), queries=1000, progress=tell)
+        by += autoattack(net, a, b, eps / 255, i, **attacks)[1]["fooled_by"]
+    square = torch.tensor([name == "square" for name in by if name != "apgd-ce"])
+    yield judge("left, by APGD too; Square fools", square, 0.02, 0.1, "black box beats white: masked")
+    tried = left if surrogate else left & False
+    moved = pgd_from(surrogate or net, index[tried], x[tried], y[tried], eps, step_size, 50)
+    moved = logits_of(net, moved).argmax(1) != y[tried]
+    yield judge("left, then fooled by transfer", moved, 0.02, 0.1, "own slope is masked; --surrogate")
+    x_adv = pgd_from(net, index[right], x[right], y[right], eps, step_size, 10)
+    losses = [cross_entropy(logits_of(net, x[right].lerp(x_adv, k / 4)), y[right]) for k in range(5)]
+    rise = (torch.stack(losses).diff(dim=0) > 0).all(0)
+    yield judge("loss rises towards the attack", rise, 0.75, 0.5, "in 4 steps; else PGD is blind")
+    stood = fall("normal net", normal or net, slice(len(y) if normal else 0), eps, step_size, 50)
+    yield judge("a normal net stands", stood[stood >= 0] == inf, 0.05, 0.15, "PGD is too weak; --normal")
+
+
+def report(args):
+    run, began, found = open_run(args, 256), {"": time.time()}, {}
+    say(f"{run.weights}: {run.arch} {run.act}, {len(run.y)} images of {run.data}, eps {run.eps:g}")
+    others = [path and other_net(path, run)[0] for path in (args.surrogate, args.normal)]
+    watch = lambda what, k, n: progress(began.setdefault(what, time.time()), k, n, f"{what}: ")
+    for doubt in doubts(run.net, run.index, run.x, run.y, run.eps, run.step_size, *others, watch):
+        found[doubt["what"]] = doubt
+        say("{verdict:<4} | {what:<32} | {measured} | {wanted} | {why}".format(**doubt))
+    verdicts = [doubt["verdict"] for doubt in found.values()]
+    counts = ", ".join(f"{verdicts.count(word)} {word}" for word in ("PASS", "WARN", "FAIL", "SKIP"))
+    say(f"{counts}; {evaluate.duration(time.time() - began[''])}")
+    if run.json:
+        content = dict(hash=run.digest, n=len(run.y), eps=run.eps, doubts=found)
+        Path(run.json).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    raise SystemExit(int("FAIL" in verdicts))
 
 
 # The loss around an image: SAT Sec. 6, Fig. 5
 
 def directions(delta, index, seed=0):
-    """The attack's delta (1, C, H, W) and a random direction at right angles to it, both as long as 1 / pixel."""
+    """The attack's delta (1, C, H, W) and a random direction at right angles, both of mean square 1."""
     random = uniform(seed, index, 0, delta.shape[1:]) - 0.5
-    random = random - (random * delta).sum() / (delta * delta).sum() * delta
+    random = random - (random * delta).sum() / delta.square().sum() * delta
     return [d / d.square().mean().sqrt() for d in (delta, random)]
 
 
-@torch.no_grad()
 def loss_surface(model, x, y, d1, d2, radius, n):
-    """Cross-entropies (n, n) at x + a d1 + b d2, a and b from -radius to radius; x (1, C, H, W), y (1,).
-
-    Pixels may leave [0, 1]: cutting them would put kinks into the picture that the network does not have.
-    """
-    a = torch.linspace(-radius, radius, n, device=x.device).view(n, 1, 1, 1)
-    rows = [F.cross_entropy(model(x + s * d1 + a * d2).float(), y.expand(n), reduction="none") for s in a]
+    """Cross-entropies (n, n) at x + a d1 + b d2, a and b within ±radius; x (1, C, H, W), y (1,)."""
+    # Pixels may leave [0, 1]: clipped, they would put kinks into the picture that the network has not
+    steps = torch.linspace(-radius, radius, n, device=x.device).view(n, 1, 1, 1)
+    rows = [cross_entropy(logits_of(model, x + a * d1 + steps * d2), y.expand(n)) for a in steps]
     return torch.stack(rows).cpu().numpy()
 
 
 def roughness(surface):
-    """Mean squared second difference, along both sides."""
-    return np.mean([np.square(np.diff(surface, 2, axis)).mean() for axis in (0, 1)])
+    """Mean squared second difference, in both directions; compare at the same radius and n only."""
+    return np.mean([np.square(np.diff(surface, 2, k)).mean() for k in (0, 1)])
 
 
-def draw_landscape(surfaces, titles, radius, scale):
-    """One or more surfaces (n, n) side by side, all on one scale -> Figure."""
-    lo, hi = min(s.min() for s in surfaces), max(s.max() for s in surfaces)
-    fig, unit = Figure(400 * len(surfaces) + 90, 680, scale), 255 * radius
-    for k, (z, title) in enumerate(zip(surfaces, titles)):
-        left = 400 * k
-        fig.text(left + 230, 24, title, "ms", 14)
-        surface_3d(fig, left + 230, 235, 110, z, lo, hi, radius, ("attack (1/255)", "random (1/255)", "cross-entropy"))
-        box = left + 90, 380, left + 350, 640
+def landscape(args):
+    run, began, shown, titles = open_run(args, 20), time.time(), [], []
+    nets = [(run.net, f"{run.arch} {run.act}")] + [other_net(path, run) for path in args.against]
+    n, radius = len(run.y), 2 * run.eps / 255
+    for net, name in nets:
+        x_adv, rough = pgd_from(net, run.index, run.x, run.y, run.eps, run.step_size, 20), []
+        for i in range(n):
+            progress(began, len(titles) * n + i, len(nets) * n, "loss around ")
+            index, x, y, delta = (t[i : i + 1] for t in (run.index, run.x, run.y, x_adv - run.x))
+            z = loss_surface(net, x, y, *directions(delta, index), radius, 31)
+            rough.append(roughness(z))
+            shown += [z] * (i == args.image)
+        titles.append(f"{name}: roughness {rough[args.image]:.2g}")
+        error = 1.96 * np.std(rough) / n**0.5
+        say(f"{titles[-1]} in the picture, {np.mean(rough):.3g} ± {error:.2g} over {n} images")
+    lo, hi, unit, right = np.min(shown), np.max(shown), 2 * run.eps, 400 * len(shown)
+    fig, labels = Figure(right + 50, 700, args.scale), ("attack (1/255)", "random (1/255)", "cross-entropy")
+    for k, (z, title) in enumerate(zip(shown, titles)):
+        box = 70 + 400 * k, 390, 330 + 400 * k, 650
+        fig.text(210 + 400 * k, 24, title, "ms", 14)
+        surface_3d(fig, 210 + 400 * k, 240, 110, z, lo, hi, unit, labels)
         heat_map(fig, box, z, lo, hi)
-        axes(fig, box, (-unit, unit), (-unit, unit), "attack direction (1/255)", "random direction (1/255)", "", False)
-    right = 400 * len(surfaces)
-    fig.paste(Image.fromarray(viridis(np.linspace(1, 0, 256))[:, None]), right - 10, 380, 14, 260)
-    axis(fig, (right + 4, 640), (right + 4, 380), lo, hi, "cross-entropy", (1, 0))
-    return fig
+        axes(fig, box, (-unit, unit), (-unit, unit), *labels[:2], grid=False)
+    fig.paste(viridis(np.linspace(1, 0, 256))[:, None], right - 24, 390, 14, 260)
+    axis(fig, (right - 10, 650), (right - 10, 390), lo, hi, labels[2], (1, 0))
+    fig.save(args.png or run.out / "landscape.png")
 
 
-def draw_gallery(x, x_adv, captions, eps, scale, side=150):
-    """Rows of clean, attacked and magnified difference; captions: a (before, after) pair for each image."""
-    magnify = round(0.5 / eps)
-    fig = Figure(3 * (side + 20) + 20, len(x) * (side + 34) + 40, scale)
-    for k, title in enumerate(("clean", f"attacked, eps {255 * eps:g}/255", f"difference x {magnify} (grey: none)")):
-        fig.text(20 + k * (side + 20), 26, title, "ls", 12)
-    for i, (a, b, words) in enumerate(zip(x.cpu(), x_adv.cpu(), captions)):
-        for k, picture in enumerate((a, b, 0.5 + magnify * (b - a))):
-            left, top = 20 + k * (side + 20), 40 + i * (side + 34)
-            pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-            fig.paste(Image.fromarray(pixels), left, top, side, side)
-            if k < 2:
-                fig.text(left, top + side + 5, words[k], "la", 11)
-    return fig
+def gallery(args):
+    """Clean, attacked, and the difference magnified, a row an image, with what the net sees in it."""
+    run, side = open_run(args, 6), 150
+    x_adv = pgd_from(run.net, run.index, run.x, run.y, run.eps, run.step_size, run.steps)
+    names, magnify = run.images.classes, round(127 / run.eps)
+    fig = Figure(3 * (side + 20) + 20, len(x_adv) * (side + 34) + 40, args.scale)
+    columns = (("clean", run.x), (f"attacked, eps {run.eps:g}/255", x_adv),
+               (f"difference x {magnify}, grey is 0", magnify * (x_adv - run.x) + 0.5))
+    for k, (title, x) in enumerate(columns):
+        left, (p, seen) = 20 + k * (side + 20), logits_of(run.net, x).softmax(1).max(1)
+        fig.text(left, 28, title, "ls", 13)
+        for i, picture in enumerate(x.cpu()):
+            pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # -> (H, W, 3)
+            fig.paste(pixels.numpy(), left, 40 + i * (side + 34), side, side)
+            words = f"{names[seen[i]]}, {p[i]:.0%}" if k < 2 else f"label: {names[run.y[i]]}"
+            fig.text(left, 45 + side + i * (side + 34), words, "la")
+    fig.save(args.png or run.out / "gallery.png")
+
+
+# What it costs
+
+def step_cost(run, index, x):
+    """One step of train.py on images x -> seconds, the attack's share, peak MiB above the weights."""
+    held, began = np.nan, train.clock(run.device, True)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+    share = train.train_step(run, index, x, index, True)
+    peak = torch.cuda.max_memory_allocated() - held
+    return train.clock(run.device, True) - began, share, peak / 2**20
+
+
+def cost(args):
+    """Steps of every activation, attack and, with --compile, both ways to run; then the loader."""
+    first, runs = train.get_args(args.rest), {}
+    device, _, _ = evaluate.open_device(first.device)
+    for kind in [(act, k, c) for c in range(1 + first.compile) for act in args.acts for k in args.pgd]:
+        flags = "--act {} --steps {} --lr 1e-9 --{}compile".format(*kind[:2], ("no-", "")[kind[2]])
+        run = train.get_args(args.rest + flags.split())
+        runs[kind] = train.assemble(run, device, 0, 1, 1000, run.data != "imagenet")
+    index = torch.arange(min(first.batch_size, 32 if device.type == "cpu" else 128), device=device)
+    x = torch.rand(len(index), 3, first.res, first.res, device=device)
+    calls = [partial(step_cost, run, index, x) for run in runs.values()]
+    costs = dict(zip(runs, medians(args.rounds, calls)))
+    say(f"{first.arch}, {first.res} px, {len(x)} images, {first.dtype}, {evaluate.device_name(device)}")
+    say("act         PGD  compiled  ms/step  img/s  attack  PGD-0: 1  (FLOPs)  ReLU: 1  peak MiB")
+    for (act, k, c), (seconds, share, memory) in costs.items():
+        plain, relu = (costs.get(kind, [np.nan])[0] for kind in ((act, 0, c), ("relu", k, c)))
+        speed, flops = len(x) / seconds, (2 * k + 3) / 3  # the attack's step: 2 forwards, the update: 3
+        say(f"{act:<11}{k:4}{('no', 'yes')[c]:>10}{1e3 * seconds:9.1f}{speed:7.0f}{share:8.0%}"
+            f"{seconds / plain:10.2f}{flops:9.2f}{seconds / relu:9.2f}{memory:10.0f}")
+    images = data.load(first.data, first.data_dir, True, first.res, device=device)
+    stream = data.train_batches(images, torch.arange(images.n), len(x), 10**6, device=device)
+    torch.set_num_threads(1)
+    began, n = time.time(), sum(len(y) for _, (_, _, y) in zip(range(20), stream))
+    say(f"loader of {first.data}: {n / (time.time() - began):.0f} img/s on one core")
+
+
+COMMANDS = {c.__name__: c for c in (report, landscape, activations, curves, scatter, gallery, cost)}
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("activations", help="every curve and its derivative (SAT Figs. 1 and 2)")
-    c.set_defaults(run=activations)
-    c = commands.add_parser("curves", help="loss and accuracies of runs over their epochs")
-    c.set_defaults(run=curves)
-    c.add_argument("outs", nargs="+", help="folders of runs")
-    c = commands.add_parser("scatter", help="accuracy against robustness (SAT Figs. 3 and 4)")
-    c.set_defaults(run=scatter)
-    c.add_argument("reports", nargs="+", help="what evaluate.py --json wrote")
-    for c in commands.choices.values():
-        c.add_argument("--png", help="the picture; default: in the run's folder")
-        c.add_argument("--scale", type=float, default=1, help="pixels a unit of the picture: 2 is twice as sharp")
-    return p.parse_args(argv)
+    as_written = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    p.add_argument("command", choices=COMMANDS)
+    p.add_argument("--surrogate", help="report: a second net's folder or file, whose attacks are tried")
+    p.add_argument("--normal", help="report: a normally trained net's folder or file; it has to fall")
+    p.add_argument("--against", nargs="+", default=[], help="landscape: other nets' folders or files")
+    p.add_argument("--image", type=int, default=0, help="landscape: which of the images to draw")
+    p.add_argument("--png", help="the picture's file; default: in the run's folder")
+    p.add_argument("--scale", type=float, default=1, help="pixels a unit; 2 for fine screens")
+    p.add_argument("--acts", nargs="+", default=[*ACTIVATIONS], choices=ACTIVATIONS, help="cost: of these")
+    p.add_argument("--pgd", nargs="+", type=int, default=[0, 1], help="cost: steps of the attack, or 0")
+    p.add_argument("--rounds", type=int, default=15, help="cost: steps of each kind")
+    args, rest = p.parse_known_args(argv)  # the rest: folders, files, or another script's flags
+    if (args.command in ("curves", "scatter")) > bool(rest):
+        p.error(f"{args.command} of what? Give the folders of runs, or reports")
+    return SimpleNamespace(**vars(args), rest=rest)
 
 
 def main():
     args = get_args()
-    args.run(args)
+    evaluate.listen()
+    try:
+        with precision("fp32", torch.device("cpu")):  # TF32 is off, whatever runs inside
+            COMMANDS[args.command](args)
+    except evaluate.Stopped:
+        raise SystemExit(75)
 
 
 if __name__ == "__main__":
