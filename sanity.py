@@ -1,25 +1,20 @@
 """
 Doubt a robustness number, and draw what there is to see (SAT, arXiv:2006.14536).
 
-Every doubt of SAT's Sec. 6 about a run, a verdict a line; exit code 1 on a FAIL:
-$ python sanity.py report --out out
-The loss around images, nets on one scale (Fig. 5); the images themselves, attacked:
-$ python sanity.py landscape --out out/silu --against out/relu
-$ python sanity.py gallery --out out
-The activations (Figs. 1, 2); runs over their epochs; results beside SAT's (Figs. 3, 4):
-$ python sanity.py activations
-$ python sanity.py curves out/relu out/silu
-$ python sanity.py scatter results/*.json
-What the attack and each activation cost on this machine:
-$ python sanity.py cost --data shapes
+$ python sanity.py report --out out  # every doubt of Sec. 6, a verdict each; exit code 1 on a FAIL
+$ python sanity.py landscape --out out/silu --against out/relu  # the loss around images, Fig. 5
+$ python sanity.py gallery --out out  # images before and after the attack
+$ python sanity.py activations  # the curves, and what they cost, Figs. 1 and 2
+$ python sanity.py curves out/relu out/silu  # runs over their epochs
+$ python sanity.py scatter results/*.json  # reports of evaluate.py beside SAT's, Figs. 3 and 4
+$ python sanity.py cost --data shapes  # what the attack and each activation cost here
 The first three take evaluate.py's flags too, the last train.py's. SAT is the paper, numbered as there.
 """
 import argparse
+import itertools
 import json
 import time
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -99,13 +94,13 @@ def axis(fig, start, end, lo, hi, label, out, grid=0):
         fig.text(*(at + 7 * out), f"{mark:.6g}", anchor)
     fig.line([start, end])
     middle = (start + end) / 2 + (24 if out[0] == 0 else 36) * out
-    fig.text(*(end - (0, 9) if upright else middle), label, anchor if not upright else "ms")
+    fig.text(*(end - (0, 9) if upright else middle), label, "ms" if upright else anchor)
 
 
 def axes(fig, box, xs, ys, xlabel, ylabel, title="", room=0.0, grid=True):
-    """Two axes around box = (left, top, right, bottom), with room -> place(x, y), from data to figure."""
+    """Two axes around box = (left, top, right, bottom), with room -> place(x, y), data to figure."""
     left, top, right, bottom = box
-    xs, ys = ((min(v) - room * (np.ptp(v) or 10), max(v) + room * (np.ptp(v) or 10)) for v in (xs, ys))
+    xs, ys = (np.array([-room, room]) * (np.ptp(v) or 10) + [np.min(v), np.max(v)] for v in (xs, ys))
     fig.text((left + right) / 2, top - 28, title, "ms", 13)
     axis(fig, (left, bottom), (right, bottom), *xs, xlabel, (0, 1), grid * (bottom - top))
     axis(fig, (left, bottom), (left, top), *ys, ylabel, (-1, 0), grid * (right - left))
@@ -139,8 +134,7 @@ def heat_map(fig, box, z, lo, hi):
     """z (n, n), first index to the right, second up, in colours from lo to hi, with contour lines."""
     left, top, right, bottom = box
     n, size = len(z) - 0.5, [round(k * fig.fine) for k in (right - left, bottom - top)]
-    field = Image.fromarray(np.ascontiguousarray(z.T[::-1], np.float32))
-    field = np.asarray(field.resize(size, Image.BILINEAR, (0.5, 0.5, n, n)))
+    field = np.asarray(Image.fromarray(z.T[::-1].copy()).resize(size, Image.BILINEAR, (0.5, 0.5, n, n)))
     pixels, slope = viridis((field - lo) / (hi - lo)), np.hypot(*np.gradient(field))
     for level in ticks(lo, hi, (bottom - top) / 32):  # a line is what is within half its width
         pixels[np.abs(field - level) < slope * fig.fine / 2] = 255 if level < (lo + hi) / 2 else 0
@@ -166,17 +160,9 @@ def surface_3d(fig, x, y, size, z, lo, hi, unit, labels):
     axis(fig, place(-1, 1, 0), place(-1, 1, 1), lo, hi, labels[2], (-1, 0))
 
 
-# The curves: SAT Figs. 1 and 2
-
-def medians(rounds, calls):
-    """Medians of what each call returns, all in turn, after two warm-ups -> (calls, numbers)."""
-    return np.median([[call() for call in calls] for _ in range(2 + rounds)][2:], axis=0)
-
-
 def derivatives(act, x):
     """The curve at x (n,) float64, its slope and its curvature, by autograd -> (3, n)."""
-    x = x.clone().requires_grad_()
-    y = act.double()(x)
+    y = act.double()(x := x.clone().requires_grad_())
     slope, = torch.autograd.grad(y.sum(), x, create_graph=True)
     curvature = torch.autograd.grad(slope.sum(), x)[0] if slope.requires_grad else torch.zeros_like(x)
     return torch.stack([y, slope, curvature]).detach()
@@ -184,21 +170,21 @@ def derivatives(act, x):
 
 def act_cost(act, x):
     """Seconds forward and backward; bytes that an element of x costs in memory between the two."""
-    kept, began = {}, train.clock(x.device, True)
-    y = act(x)
-    middle = train.clock(x.device, True)
-    torch.autograd.grad(y, [x, *act.parameters()], x)
-    end = train.clock(x.device, True)
+    kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), kept.get):
         act(x)
-    return middle - began, end - middle, sum(t.nbytes for t in kept.values()) / x.numel()
+    saved, began = sum(t.nbytes for t in kept.values()) / x.numel(), train.clock(x.device, True)
+    y, middle = act(x), train.clock(x.device, True)
+    torch.autograd.grad(y, [x, *act.parameters()], x)
+    return middle - began, train.clock(x.device, True) - middle, saved
 
 
 def activations(args):
     torch.set_num_threads(1)  # threads that wait for each other would hide what a curve costs
     device, _, _ = evaluate.open_device("auto")
     x = torch.randn(2**17 if device.type == "cpu" else 2**24, device=device, requires_grad=True)
-    costs = medians(101, [partial(act_cost, make_act(name).to(device), x) for name in ACTIVATIONS])
+    acts = [make_act(name).to(device) for name in ACTIVATIONS]
+    costs = np.median([[act_cost(act, x) for act in acts] for _ in range(103)][2:], axis=0)  # 2 warm up
     say(f"on {device}    class  jump of f'(0)  largest f''  saved bytes  forward  backward (ReLU: 1)")
     around = torch.cat([torch.tensor([-1e-9, 1e-9]), torch.linspace(-6, 6, 12001)]).double()
     for name, (forward, backward, saved) in zip(ACTIVATIONS, costs / (*costs[0, :2], 1)):
@@ -207,23 +193,19 @@ def activations(args):
         kind = "C0" if jump.abs() > 1e-3 else "C1" if kink.abs() > 1e-3 else "C2+"
         bend = torch.inf if kind == "C0" else curvature.abs().max()
         say(f"{name:<11}{kind:<5}{jump:15.3f}{bend:13.3f}{saved:13.1f}{forward:9.2f}{backward:10.2f}")
-    panels = []
-    for at in (torch.linspace(-4, 4, 801).double(), torch.linspace(-0.3, 0.3, 801).double()):
-        shapes = [derivatives(make_act(name), at) for name in ACTIVATIONS]
-        for k, (label, title) in enumerate((("f(x)", "Activations"), ("f '(x)", "Derivatives"))):
-            panels.append((title, "x", label, [(at, shape[k]) for shape in shapes]))
-    plots(args, "out/activations.png", ACTIVATIONS, 2, panels)
+    shown = ("f(x)", "Activations"), ("f '(x)", "Derivatives")
+    places = [torch.linspace(-reach, reach, 801).double() for reach in (4, 0.3)]
+    plots(args, "out/activations.png", ACTIVATIONS, 2, [
+        (title, "x", label, [(at, derivatives(make_act(name), at)[k]) for name in ACTIVATIONS])
+        for at in places for k, (label, title) in enumerate(shown)])
 
-
-# Runs over epochs, results beside the paper's
 
 def curves(args):
     logs, panels = [], []
     for path in [Path(out) / "log.jsonl" for out in args.rest]:
         if not path.exists():
             raise SystemExit(f"no run in {path.parent} ({path} is missing); give folders of train.py")
-        whole = path.read_text().rpartition("\n")[0]  # the last line may be torn
-        logs.append([json.loads(line) for line in whole.split("\n")])
+        logs.append([*map(json.loads, path.read_text().split("\n")[:-1])])  # the last may be torn
     for kind, field, scale, label, title in (
             ("epoch", "loss", 1, "cross-entropy", "Training loss, attacked images"),
             ("val", "clean", 100, "accuracy (%)", "Clean accuracy, held-out images"),
@@ -240,37 +222,38 @@ def scatter(args):
         r = json.loads(path.read_text()) if path.exists() else {}
         if "n_robust" not in r:
             raise SystemExit(f"{path} is not a report; give files that evaluate.py --json wrote")
-        attack = f"PGD-{r['steps']}" if r["attack"] == "pgd" else r["attack"]
-        attack += ", last iterate" * r.get("last_iterate", False)
-        panel = panels.setdefault(f"{r['data']}, {attack}, eps {r['eps']:g}/255", {})
+        attack = {"pgd": f"PGD-{r.get('steps')}"}.get(r["attack"], r["attack"])
+        last = ", last iterate" * r.get("last_iterate", False)
+        panel = panels.setdefault(f"{r['data']}, {attack}{last}, eps {r['eps']:g}/255", {})
         panel[r["arch"], r["act"], r["res"], True] = 100 * np.array(
             [(k / r["n"], *wilson(k, r["n"])) for k in (r["n_robust"], r["n_correct"])])
         if (r["data"], r["eps"]) == ("imagenet", 4):
             panel.update({(*key, False): [[p[1]] * 3, [p[0]] * 3] for key, p in PAPER.items() if p[0]})
-    fig = Figure(540 * len(panels) + 300, 560, args.scale)
+    fig = Figure(540 * len(panels) + 300, max(560, 60 + 20 * sum(map(len, panels.values()))), args.scale)
     for title, panel in panels.items():
         xs, ys = (np.ravel([rates[i] for rates in panel.values()]) for i in (0, 1))
-        labels, box = ("robust accuracy (%)", "clean accuracy (%)"), (right, 60, right + 480, 500)
-        place = axes(fig, box, xs, ys, *labels, title, 0.1)
+        place = axes(fig, (right, 60, right + 480, 500), xs, ys, "robust accuracy (%)",
+                     "clean accuracy (%)", f"{title}; disc: ours, ring: SAT's", 0.1)
         taken = [place(x[0], y[0]) for x, y in panel.values()]
         for (*key, ours), (x, y), point in zip(panel, panel.values(), taken[:]):
-            fig.line(place(x[1:], [y[0]] * 2), COLOURS[2])
-            fig.line(place([x[0]] * 2, y[1:]), COLOURS[2])
+            for bar in (place(x[1:], [y[0]] * 2), place([x[0]] * 2, y[1:])):
+                fig.line(bar, COLOURS[2])
             fig.disc(*point, 4.5, *((COLOURS[2], None) if ours else ("white", COLOURS[1])))
-            spots = [point + r * np.array([np.cos(a), np.sin(a)]) for r in (12, 18, 24) for a in range(6)]
+            spots = [point + (r * a, r * b) for r in (9, 14, 19, 24) for a in (1, -1) for b in (-1, 1)]
             room = [min(np.hypot(*(spot - t)) for t in taken) for spot in spots]
-            taken.append(spots[np.argmax(np.minimum(room, 11))])  # the nearest with room for a number
+            taken.append(spots[np.argmax(np.minimum(room, 12))])  # the nearest with room for a number
             fig.text(*taken[-1], str(keys.setdefault(tuple(key), len(keys) + 1)), "mm", 10)
         right += 540
-    fig.text(right, 50, "disc: ours; ring: SAT's", "lm")
     for (arch, act, res), number in keys.items():
-        fig.text(right, 54 + 20 * number, f"{number}  {arch}, {act}, {res} px", "lm")
+        fig.text(right, 40 + 20 * number, f"{number}  {arch}, {act}, {res} px", "lm")
     fig.save(args.png or Path(args.rest[0]).parent / "scatter.png")
 
 
 # A trained net and its images
 
 SLOTS = 100  # images in work at a time
+MARKS = 1, 5, 10, 20, 50, 100, 200  # iterations to report
+RADII, SWEEP = (0, 1, 2, 4, 8, 16, 32, 64), 20  # eps in 1/255, steps at each
 parts = lambda *tensors: zip(*(t.split(SLOTS) for t in tensors))
 
 
@@ -283,24 +266,24 @@ def open_run(args, limit):
     run.net, run.digest = evaluate.open_model(run, run.images, run.device)
     members = data.subset(run.images.n, flags.limit or limit)
     run.index, run.x, run.y = next(data.eval_batches(run.images, members, len(members), 0, run.device))
-    for name, default in zip(("eps", "step_size", "steps"), PGD[run.data]):
-        setattr(run, name, default if vars(flags)[name] is None else vars(flags)[name])
-    return SimpleNamespace(**vars(run), out=run.weights.parent, json=flags.json)
+    attack = zip((flags.eps, flags.step_size, flags.steps), PGD[run.data])
+    run.eps, run.step_size, run.steps = (b if a is None else a for a, b in attack)
+    return argparse.Namespace(**vars(run), out=run.weights.parent, json=flags.json)
 
 
 def other_net(path, run):
-    """The net in another run's folder, or in a file (like `run`'s unless args.json says), and its name."""
+    """The net of another folder, or of a file (like `run`'s unless args.json says), and its name."""
     folder, weights = (Path(path), None) if Path(path).is_dir() else (Path(path).parent, path)
     flags = dict(data=None, arch=None, act=None) if (folder / "args.json").exists() else vars(run)
-    other = evaluate.find_run(SimpleNamespace(**flags | dict(out=folder, weights=weights)))
+    other = evaluate.find_run(argparse.Namespace(**flags | dict(out=folder, weights=weights)))
     return evaluate.open_model(other, run.images, run.device)[0], f"{other.arch} {other.act}"
 
 
 def pgd_from(net, index, x, y, eps, step_size, steps):
     """PGD from evaluation's starts, eps and step_size in 1/255 -> its last iterates, as x."""
     noise = (2 * uniform(0, index, (START, 0), x.shape[1:]) - 1) * eps / 255
-    attack = partial(pgd, net, eps=eps / 255, step_size=step_size / 255, steps=steps)
-    return torch.cat([attack(a, b, noise=c) for a, b, c in parts(x, y, noise)])
+    sizes = eps / 255, step_size / 255, steps
+    return torch.cat([pgd(net, a, b, *sizes, c) for a, b, c in parts(x, y, noise)])
 
 
 @torch.no_grad()
@@ -310,25 +293,18 @@ def logits_of(net, x):
 
 # The doubts: SAT Sec. 6, and Carlini et al. 2019 (arXiv:1902.06705), which it follows
 
-MARKS = 1, 5, 10, 20, 50, 100, 200  # iterations
-RADII, SWEEP = (1, 2, 4, 8, 16, 32, 64), 20  # eps in 1/255; steps at each
-
-
 def judge(what, hit, warn, fail, why, note=""):
     """A doubt about a share of images, hit (n,) bool; past a bound is where all its 95% interval is."""
     k, n, most = int(hit.sum()), len(hit), warn < fail
     low, high = wilson(k, n)
-    past = [low > bound if most else high < bound for bound in (fail, warn)]
-    verdict = "FAIL" if past[0] else "WARN" if past[1] else "PASS" if n else "SKIP"
+    failed, warned = (low > bound if most else high < bound for bound in (fail, warn))
+    verdict = "FAIL" if failed else "WARN" if warned else "PASS" if n else "SKIP"
     return dict(verdict=verdict, what=what, measured=f"{k / max(n, 1):.1%} of {n}{note}", why=why,
                 wanted=f"at {'most' if most else 'least'} {100 * warn:.3g}%")
 
 
 def doubts(net, index, x, y, eps, step_size, surrogate=None, normal=None, watch=lambda *where: None):
-    """All the ways to doubt a net in eval mode, on images sorted by index; yields a dict for each.
-
-    eps: of its training, step_size: of PGD, in 1/255. watch(what, images done, images): as time passes.
-    """
+    """All ways to doubt a net in eval mode, on images sorted by index; eps, step_size in 1/255."""
     def fall(what, net, chosen, eps, step_size, steps, **more):
         """The step at which each image fell in the work queue: inf if robust, -1 if wrong as it is."""
         lines, batches = [], parts(index[chosen], x[chosen], y[chosen])
@@ -354,7 +330,6 @@ def doubts(net, index, x, y, eps, step_size, surrogate=None, normal=None, watch=
     slopes = [input_gradient(net, a, lambda z: cross_entropy(z, b))[1] for a, b in parts(x, y)]
     zero = (torch.cat(slopes) == 0).flatten(1).float().mean(1) > 0.05
     yield judge("zeros in the input gradient", zero[right], 0.02, 0.1, "saturated or rounded")
-
     # Iterations, from one run
     fell = fall("iterations", net, slice(None), eps, step_size, max(MARKS))
     curve = "; after " + ", ".join(f"{k}: {(fell > k).float().mean():.1%}" for k in MARKS)
@@ -363,18 +338,15 @@ def doubts(net, index, x, y, eps, step_size, surrogate=None, normal=None, watch=
     yield judge("fooled by steps 101 to 200", fell[fell > 100] < inf, 0.05, 0.2, "PGD has not converged")
     yield judge("robust", fell[right] == inf, 0.1, 0.05, "there is no robustness to doubt")
     once = fall("PGD-1", net, slice(None), eps, eps, 1)
-    lost = (fell > 50) & (once <= 1)
-    yield judge("PGD-1 fools, PGD-50 does not", lost[right], 0.02, 0.1, "more steps find less: masked")
+    yield judge("PGD-1 fools, PGD-50 does not", ((fell > 50) & (once <= 1))[right], 0.02, 0.1, "masked")
     yield judge("robust to PGD-1, and to PGD-50", (fell > 50)[once > 1], 0.5, 0.25, "overfitted to it")
-
     # Radii
     falls = [fall(f"eps {e}", net, right, e, max(1, 2.5 * e / SWEEP), SWEEP) for e in RADII]
     stand = torch.stack(falls) == inf
-    curve = "; eps " + ", ".join(f"{e}: {s.sum() / len(y):.1%}" for e, s in zip(RADII, stand))
+    curve = "; eps " + ", ".join(f"{e}: {k / len(y):.1%}" for e, k in zip(RADII, stand.sum(1)))
     lost = (stand[1:] & ~stand[:-1]).any(0)
     yield judge("falls to an eps, not to the next", lost, 0.05, 0.15, "PGD is lost in the ball", curve)
     yield judge(f"robust at eps {RADII[-1]}", stand[-1], 0.05, 0.15, "it drowns the image")
-
     # Other attacks, on what PGD left
     left, by = fell == inf, []
     more = fall("restarts", net, left, eps, step_size, 20, restarts=4, seed=1)
@@ -406,15 +378,13 @@ def report(args):
         found[doubt["what"]] = doubt
         say("{verdict:<4} | {what:<32} | {measured} | {wanted} | {why}".format(**doubt))
     verdicts = [doubt["verdict"] for doubt in found.values()]
-    counts = ", ".join(f"{verdicts.count(word)} {word}" for word in ("PASS", "WARN", "FAIL", "SKIP"))
-    say(f"{counts}; {evaluate.duration(time.time() - began[''])}")
+    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in ("PASS", "WARN", "FAIL", "SKIP")]
+    say(f"{', '.join(counts)}; {evaluate.duration(time.time() - began[''])}")
     if run.json:
-        content = dict(hash=run.digest, n=len(run.y), eps=run.eps, doubts=found)
-        Path(run.json).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        found.update(hash=run.digest, n=len(run.y), eps=run.eps)
+        Path(run.json).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     raise SystemExit(int("FAIL" in verdicts))
 
-
-# The loss around an image: SAT Sec. 6, Fig. 5
 
 def directions(delta, index, seed=0):
     """The attack's delta (1, C, H, W) and a random direction at right angles, both of mean square 1."""
@@ -424,7 +394,7 @@ def directions(delta, index, seed=0):
 
 
 def loss_surface(model, x, y, d1, d2, radius, n):
-    """Cross-entropies (n, n) at x + a d1 + b d2, a and b within ±radius; x (1, C, H, W), y (1,)."""
+    """Cross-entropies (n, n) at x + a d1 + b d2, a, b within ±radius (SAT Fig. 5); x (1, C, H, W)."""
     # Pixels may leave [0, 1]: clipped, they would put kinks into the picture that the network has not
     steps = torch.linspace(-radius, radius, n, device=x.device).view(n, 1, 1, 1)
     rows = [cross_entropy(logits_of(model, x + a * d1 + steps * d2), y.expand(n)) for a in steps]
@@ -439,20 +409,19 @@ def roughness(surface):
 def landscape(args):
     run, began, shown, titles = open_run(args, 20), time.time(), [], []
     nets = [(run.net, f"{run.arch} {run.act}")] + [other_net(path, run) for path in args.against]
-    n, radius = len(run.y), 2 * run.eps / 255
+    n, unit = len(run.y), 2 * run.eps
     for net, name in nets:
-        x_adv, rough = pgd_from(net, run.index, run.x, run.y, run.eps, run.step_size, 20), []
+        x_adv, seen = pgd_from(net, run.index, run.x, run.y, run.eps, run.step_size, 20), []
         for i in range(n):
-            progress(began, len(titles) * n + i, len(nets) * n, "loss around ")
+            progress(began, len(shown) * n + i, len(nets) * n, "loss around ")
             index, x, y, delta = (t[i : i + 1] for t in (run.index, run.x, run.y, x_adv - run.x))
-            z = loss_surface(net, x, y, *directions(delta, index), radius, 31)
-            rough.append(roughness(z))
-            shown += [z] * (i == args.image)
-        titles.append(f"{name}: roughness {rough[args.image]:.2g}")
-        error = 1.96 * np.std(rough) / n**0.5
-        say(f"{titles[-1]} in the picture, {np.mean(rough):.3g} ± {error:.2g} over {n} images")
-    lo, hi, unit, right = np.min(shown), np.max(shown), 2 * run.eps, 400 * len(shown)
-    fig, labels = Figure(right + 50, 700, args.scale), ("attack (1/255)", "random (1/255)", "cross-entropy")
+            seen.append(loss_surface(net, x, y, *directions(delta, index), unit / 255, 31))
+        shown, rough = shown + [seen[0]], list(map(roughness, seen))
+        titles.append(f"{name}: roughness {rough[0]:.2g}")
+        say(f"{titles[-1]}; over {n} images {np.mean(rough):.2g} ± {1.96 * np.std(rough) / n**0.5:.1g}")
+    lo, hi, right = np.min(shown), np.max(shown), 400 * len(shown)
+    labels = "attack (1/255)", "random (1/255)", "cross-entropy"
+    fig = Figure(right + 50, 700, args.scale)
     for k, (z, title) in enumerate(zip(shown, titles)):
         box = 70 + 400 * k, 390, 330 + 400 * k, 650
         fig.text(210 + 400 * k, 24, title, "ms", 14)
@@ -465,16 +434,14 @@ def landscape(args):
 
 
 def gallery(args):
-    """Clean, attacked, and the difference magnified, a row an image, with what the net sees in it."""
     run, side = open_run(args, 6), 150
     x_adv = pgd_from(run.net, run.index, run.x, run.y, run.eps, run.step_size, run.steps)
     names, magnify = run.images.classes, round(127 / run.eps)
     fig = Figure(3 * (side + 20) + 20, len(x_adv) * (side + 34) + 40, args.scale)
-    columns = (("clean", run.x), (f"attacked, eps {run.eps:g}/255", x_adv),
-               (f"difference x {magnify}, grey is 0", magnify * (x_adv - run.x) + 0.5))
-    for k, (title, x) in enumerate(columns):
+    titles = "clean", f"attacked, eps {run.eps:g}/255", f"difference x {magnify}, grey is 0"
+    for k, x in enumerate((run.x, x_adv, magnify * (x_adv - run.x) + 0.5)):
         left, (p, seen) = 20 + k * (side + 20), logits_of(run.net, x).softmax(1).max(1)
-        fig.text(left, 28, title, "ls", 13)
+        fig.text(left, 28, titles[k], "ls", 13)
         for i, picture in enumerate(x.cpu()):
             pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # -> (H, W, 3)
             fig.paste(pixels.numpy(), left, 40 + i * (side + 34), side, side)
@@ -483,8 +450,6 @@ def gallery(args):
     fig.save(args.png or run.out / "gallery.png")
 
 
-# What it costs
-
 def step_cost(run, index, x):
     """One step of train.py on images x -> seconds, the attack's share, peak MiB above the weights."""
     held, began = np.nan, train.clock(run.device, True)
@@ -492,22 +457,20 @@ def step_cost(run, index, x):
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
     share = train.train_step(run, index, x, index, True)
-    peak = torch.cuda.max_memory_allocated() - held
-    return train.clock(run.device, True) - began, share, peak / 2**20
+    seconds = train.clock(run.device, True) - began
+    return seconds, share, (torch.cuda.max_memory_allocated() - held) / 2**20
 
 
 def cost(args):
-    """Steps of every activation, attack and, with --compile, both ways to run; then the loader."""
     first, runs = train.get_args(args.rest), {}
     device, _, _ = evaluate.open_device(first.device)
-    for kind in [(act, k, c) for c in range(1 + first.compile) for act in args.acts for k in args.pgd]:
-        flags = "--act {} --steps {} --lr 1e-9 --{}compile".format(*kind[:2], ("no-", "")[kind[2]])
-        run = train.get_args(args.rest + flags.split())
-        runs[kind] = train.assemble(run, device, 0, 1, 1000, run.data != "imagenet")
+    for c, act, k in itertools.product(range(1 + first.compile), args.acts, args.pgd):
+        run = argparse.Namespace(**vars(first) | dict(act=act, steps=k, compile=c, lr=1e-9))
+        runs[act, k, c] = train.assemble(run, device, 0, 1, 1000, run.data != "imagenet")
     index = torch.arange(min(first.batch_size, 32 if device.type == "cpu" else 128), device=device)
     x = torch.rand(len(index), 3, first.res, first.res, device=device)
-    calls = [partial(step_cost, run, index, x) for run in runs.values()]
-    costs = dict(zip(runs, medians(args.rounds, calls)))
+    rounds = [[step_cost(run, index, x) for run in runs.values()] for _ in range(2 + args.rounds)]
+    costs = dict(zip(runs, np.median(rounds[2:], axis=0)))  # in turn; the first two warm up
     say(f"{first.arch}, {first.res} px, {len(x)} images, {first.dtype}, {evaluate.device_name(device)}")
     say("act         PGD  compiled  ms/step  img/s  attack  PGD-0: 1  (FLOPs)  ReLU: 1  peak MiB")
     for (act, k, c), (seconds, share, memory) in costs.items():
@@ -515,33 +478,32 @@ def cost(args):
         speed, flops = len(x) / seconds, (2 * k + 3) / 3  # the attack's step: 2 forwards, the update: 3
         say(f"{act:<11}{k:4}{('no', 'yes')[c]:>10}{1e3 * seconds:9.1f}{speed:7.0f}{share:8.0%}"
             f"{seconds / plain:10.2f}{flops:9.2f}{seconds / relu:9.2f}{memory:10.0f}")
-    images = data.load(first.data, first.data_dir, True, first.res, device=device)
+    try:
+        images = data.load(first.data, first.data_dir, True, first.res, device=device)
+    except SystemExit as reason:
+        return say(f"loader: {reason}")
     stream = data.train_batches(images, torch.arange(images.n), len(x), 10**6, device=device)
     torch.set_num_threads(1)
-    began, n = time.time(), sum(len(y) for _, (_, _, y) in zip(range(20), stream))
-    say(f"loader of {first.data}: {n / (time.time() - began):.0f} img/s on one core")
-
-
-COMMANDS = {c.__name__: c for c in (report, landscape, activations, curves, scatter, gallery, cost)}
+    began = time.time()
+    wait = sum(1 for _ in zip(range(20), stream)) and (time.time() - began) / 20
+    say(f"loader: {len(x) / wait:.0f} img/s on one core, {wait / seconds:.1%} of the last row's step")
 
 
 def get_args(argv=None):
-    as_written = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    p.add_argument("command", choices=COMMANDS)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("command", choices="report landscape gallery activations curves scatter cost".split())
     p.add_argument("--surrogate", help="report: a second net's folder or file, whose attacks are tried")
     p.add_argument("--normal", help="report: a normally trained net's folder or file; it has to fall")
     p.add_argument("--against", nargs="+", default=[], help="landscape: other nets' folders or files")
-    p.add_argument("--image", type=int, default=0, help="landscape: which of the images to draw")
     p.add_argument("--png", help="the picture's file; default: in the run's folder")
     p.add_argument("--scale", type=float, default=1, help="pixels a unit; 2 for fine screens")
-    p.add_argument("--acts", nargs="+", default=[*ACTIVATIONS], choices=ACTIVATIONS, help="cost: of these")
+    p.add_argument("--acts", nargs="+", default=[*ACTIVATIONS], help="cost: of which activations")
     p.add_argument("--pgd", nargs="+", type=int, default=[0, 1], help="cost: steps of the attack, or 0")
     p.add_argument("--rounds", type=int, default=15, help="cost: steps of each kind")
     args, rest = p.parse_known_args(argv)  # the rest: folders, files, or another script's flags
-    if (args.command in ("curves", "scatter")) > bool(rest):
-        p.error(f"{args.command} of what? Give the folders of runs, or reports")
-    return SimpleNamespace(**vars(args), rest=rest)
+    if bool(rest) != dict(activations=False, curves=True, scatter=True).get(args.command, bool(rest)):
+        p.error("curves takes folders of runs, scatter takes reports, activations takes nothing more")
+    return argparse.Namespace(**vars(args), rest=rest)
 
 
 def main():
@@ -549,7 +511,7 @@ def main():
     evaluate.listen()
     try:
         with precision("fp32", torch.device("cpu")):  # TF32 is off, whatever runs inside
-            COMMANDS[args.command](args)
+            globals()[args.command](args)
     except evaluate.Stopped:
         raise SystemExit(75)
 

@@ -1352,7 +1352,7 @@ def toy_net(steps):
     return net
 
 
-def verdicts(net, images=toy_images(), **others):
+def doubted(net, images=toy_images(), **others):
     return {d["what"]: d["verdict"] for d in sanity.doubts(net, *images, eps=8, step_size=2, **others)}
 
 
@@ -1365,32 +1365,32 @@ class TestSanity(unittest.TestCase):
 
     def test_an_adversarially_trained_net_passes_every_doubt_and_a_normal_one_does_not(self):
         images, robust, normal = two_cues(), toy_net(1), toy_net(0)
-        seen = verdicts(robust, images, surrogate=normal, normal=normal)
+        seen = doubted(robust, images, surrogate=normal, normal=normal)
         self.assertEqual(set(seen.values()), {"PASS"}, seen)
-        self.caught(verdicts(normal, images), "robust", "robust to PGD-1, and to PGD-50")
-        self.caught(verdicts(robust, images, normal=robust), "a normal net stands")
+        self.caught(doubted(normal, images), "robust", "robust to PGD-1, and to PGD-50")
+        self.caught(doubted(robust, images, normal=robust), "a normal net stands")
 
     def test_a_straight_net_passes_whatever_the_doubt(self):
-        self.assertEqual(set(verdicts(Straight()).values()), {"PASS", "SKIP"})
+        self.assertEqual(set(doubted(Straight()).values()), {"PASS", "SKIP"})
 
     def test_saturated_logits_are_caught(self):
-        self.caught(verdicts(Straight(1e7)), "zeros in the input gradient", "fooled by steps 1 to 200",
+        self.caught(doubted(Straight(1e7)), "zeros in the input gradient", "fooled by steps 1 to 200",
                     "robust at eps 64", "left, by APGD too; Square fools", "loss rises towards the attack")
 
     def test_an_input_rounded_without_a_gradient_is_caught(self):
-        self.caught(verdicts(Straight(before=Rounded.apply)), "zeros in the input gradient", "robust at eps 64",
+        self.caught(doubted(Straight(before=Rounded.apply)), "zeros in the input gradient", "robust at eps 64",
                     "fooled by steps 1 to 200", "left, by APGD too; Square fools", "loss rises towards the attack")
 
     def test_a_random_layer_and_a_softmax_are_caught(self):
         noise = torch.Generator().manual_seed(0)
         random = lambda z: z + 2 * torch.randn(z.shape, generator=noise)
-        self.caught(verdicts(Straight(after=random)), "two calls differ", "loss rises towards the attack")
-        self.caught(verdicts(Straight(after=lambda z: z.softmax(1))), "outputs that are no logits")
+        self.caught(doubted(Straight(after=random)), "two calls differ", "loss rises towards the attack")
+        self.caught(doubted(Straight(after=lambda z: z.softmax(1))), "outputs that are no logits")
 
     def test_overfitting_to_one_step_is_caught(self):
         """Wrong only on the way: at a quarter of eps, not at the three quarters where PGD-1 lands."""
         trench = lambda m: m * (1 - 3 * torch.exp(-((m.abs() - 0.038) / 0.006) ** 2))
-        self.caught(verdicts(Straight(bend=trench), toy_images(0.049, 0.051)), "robust to PGD-1, and to PGD-50")
+        self.caught(doubted(Straight(bend=trench), toy_images(0.049, 0.051)), "robust to PGD-1, and to PGD-50")
 
     def test_a_threshold_allows_for_the_interval_and_for_the_papers_own_relu(self):
         few, many = (sanity.judge("", torch.arange(n) < 0.07 * n, 0.05, 0.2, "")["verdict"] for n in (50, 5000))
@@ -1425,7 +1425,7 @@ class TestSanity(unittest.TestCase):
             for command, rest, size in (("curves", [folder], (1260, 360)), ("scatter", [f"{folder}/r.json"], (840, 560))):
                 for scale in (1, 2):
                     args = sanity.get_args([command, *rest, "--scale", str(scale), "--png", f"{folder}/{command}.png"])
-                    sanity.COMMANDS[command](args)
+                    getattr(sanity, command)(args)
                     image = Image.open(f"{folder}/{command}.png")
                     self.assertEqual(image.size, (size[0] * scale, size[1] * scale))
                     self.assertGreater((np.asarray(image.convert("L")) < 200).mean(), 0.004)
