@@ -36,10 +36,8 @@ PGD = {"imagenet": (4, 1, 200), "cifar10": (8, 2, 50), "shapes": (8, 2, 50)}  # 
 ATTACKS = {"pgd": (), "apgd": STANDARD[:2], "autoattack": STANDARD}
 
 PAPER = {  # (arch, act, res): clean and robust in percent, PGD-200 at eps 4; None where only drawn
-    # Table 1, Sec. 4.1 and 4.2, Table 2
     ("resnet50", "relu", 224): (68.8, 33.0), ("resnet50", "psoftplus", 224): (None, 38.7),
     ("resnet50", "smoothrelu", 224): (69.4, 40.3), ("resnet50", "elu", 224): (None, 41.1),
-    # Table 3, its ReLU counterparts in Sec. 5.1, Sec. 5.2
     ("resnet50", "silu", 224): (69.7, 42.3), ("resnet101", "silu", 224): (72.9, 45.5),
     ("resnet152", "silu", 224): (73.9, 46.0), ("resnext50_32x4d", "silu", 224): (71.2, 42.5),
     ("resnext50_32x8d", "silu", 224): (73.6, 45.1), ("resnet50", "silu", 299): (70.9, 43.8),

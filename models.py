@@ -16,6 +16,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
@@ -316,6 +317,15 @@ def averaged(net):
     return ema
 
 
+def share_statistics(net, world):
+    """Average BatchNorm's running statistics over the ranks: all attack and save one network."""
+    statistics = [b for name, b in net.named_buffers() if "running" in name]
+    if world > 1:
+        flat = torch.cat(statistics)
+        dist.all_reduce(flat)
+        torch._foreach_copy_(statistics, list((flat / world).split([len(b) for b in statistics])))
+
+
 # How a network runs, and where its weights come from
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -346,7 +356,7 @@ def in_precision(net, dtype, device):
 
 
 def load_file(path):
-    """A file of tensors and plain Python, on the CPU. SystemExit if missing, damaged or anything else."""
+    """A file of tensors and plain Python, on the CPU. SystemExit if missing, damaged, anything else."""
     try:
         if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as archive:
@@ -362,7 +372,7 @@ def load_file(path):
 
 
 def load_weights(net, path):
-    """Load a state dict, bare or under "model" or "state_dict". SystemExit if it does not fit exactly."""
+    """Load a state dict, bare or under "model" or "state_dict". SystemExit if it does not fit."""
     state = load_file(path)
     for name in ("model", "state_dict"):
         state = state.get(name, state) if isinstance(state, dict) else {}
@@ -372,14 +382,14 @@ def load_weights(net, path):
     odd = sorted(name for name in mine | theirs if mine.get(name) != theirs.get(name))
     if odd:
         raise SystemExit(
-            f"{path} does not fit this network: {len(odd)} of {len(mine)} tensors differ, e.g. {odd[0]} is "
+            f"{path} does not fit this network: {len(odd)} of {len(mine)} tensors differ, e.g. {odd[0]}, "
             f"{theirs.get(odd[0], 'absent')} in the file and {mine.get(odd[0], 'absent')} here; "
             "give the --arch, --act and --data that the weights were trained with")
     net.load_state_dict(state)
 
 
 def save_file(path, content):
-    """Write tensors under a temporary name, flush to disk, rename: path is whole, old or new, at any moment.
+    """Write tensors under a temporary name, flush, rename: path is whole, old or new, at any moment.
 
     The last.pt before stays as last.prev.pt. SystemExit where the disk is full or not ours.
     """
@@ -395,12 +405,12 @@ def save_file(path, content):
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise SystemExit(f"cannot write {path} ({str(error).splitlines()[0]}); the checkpoint before it is "
-                         "whole: make room, then go on with --resume")
+        raise SystemExit(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full? What was "
+                         "written before is whole; make room, then go on with --resume")
 
 
 def count(net, res):
-    """Of a net on the meta device, where a forward is free -> parameters, FLOPs forward, bytes kept, an image."""
+    """Of a net on the meta device -> parameters, and for an image FLOPs forward, bytes kept for backward."""
     kept = {}
 
     def keep(tensor):

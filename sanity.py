@@ -339,13 +339,13 @@ def doubts(net, index, x, y, eps, step_size, surrogate=None, normal=None, watch=
     yield judge("robust", fell[right] == inf, 0.1, 0.05, "there is no robustness to doubt")
     once = fall("PGD-1", net, slice(None), eps, eps, 1)
     yield judge("PGD-1 fools, PGD-50 does not", ((fell > 50) & (once <= 1))[right], 0.02, 0.1, "masked")
-    yield judge("robust to PGD-1, and to PGD-50", (fell > 50)[once > 1], 0.5, 0.25, "overfitted to it")
+    yield judge("robust to PGD-1, and to PGD-50", (fell > 50)[once > 1], 0.5, 0.25, "one-step overfit")
     # Radii
     falls = [fall(f"eps {e}", net, right, e, max(1, 2.5 * e / SWEEP), SWEEP) for e in RADII]
     stand = torch.stack(falls) == inf
     curve = "; eps " + ", ".join(f"{e}: {k / len(y):.1%}" for e, k in zip(RADII, stand.sum(1)))
     lost = (stand[1:] & ~stand[:-1]).any(0)
-    yield judge("falls to an eps, not to the next", lost, 0.05, 0.15, "PGD is lost in the ball", curve)
+    yield judge("falls to an eps, not to the next", lost, 0.05, 0.15, "a larger eps does less", curve)
     yield judge(f"robust at eps {RADII[-1]}", stand[-1], 0.05, 0.15, "it drowns the image")
     # Other attacks, on what PGD left
     left, by = fell == inf, []

@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ from attacks import pgd, pgd_queue, uniform
 from evaluate import (Stopped, all_ranks, asked, device_name, duration, listen, open_device, progress,
                       say, show, summed, tally)
 from models import (LOSS_SCALE, MODELS, attacker_view, averaged, build, count, in_precision, load_file,
-                    precision, save_file)
+                    precision, save_file, share_statistics)
 
 # --data picks the defaults of all other flags
 RECIPES = {
@@ -54,6 +55,7 @@ RECIPES = {
 ENHANCED = dict(wd=1e-5, epochs=200, stochastic_depth=0.2, autoaugment=True, ema=True, early_stop=True)
 
 NOISE, CLEAN_START = 2, 3  # uniform's counters in training, beside data's AUGMENT
+LOGS = "log.txt", "log.jsonl"
 # may differ on --resume
 FREE = {"out", "resume", "workers", "device", "log_every", "save_every", "download", "plan"}
 PROGRESS = ("epoch", "step", "ended", "best", "best_epoch", "top", "skipped")  # in every checkpoint
@@ -137,16 +139,13 @@ def check(args, world):
         (args.accum < 1 or args.batch_size < 1 or args.batch_size % parts,
          f"--batch-size {args.batch_size} does not split over {world} processes x --accum {args.accum}; "
          f"use {near} or {near + parts}"),
-        (args.eps < 0, f"--eps {args.eps:g} is negative; it is a radius in 1/255, SAT trains with 4"),
-        (args.steps < 0, f"--steps {args.steps} is negative; 0 is normal training, 1 is SAT's"),
-        (args.steps > 0 and args.step_size <= 0,
-         f"--steps {args.steps} with --step-size {args.step_size:g} is no attack; use --step-size "
-         f"{args.eps or 4:g}, or --steps 0 for normal training"),
+        (min(args.eps, args.steps) < 0, f"--eps {args.eps:g} --steps {args.steps}: neither can be negative"),
+        (args.steps > 0 and args.step_size <= 0, f"--step-size {args.step_size:g} is no attack; use "
+         f"--step-size {args.eps or 4:g}, or --steps 0 for normal training"),
         (args.smooth_backward != "none" and args.act != "relu",
          f"--smooth-backward is for ReLU, {args.act} has its own gradient; use --act relu"),
         (not 0 <= args.clean_start <= 1, f"--clean-start {args.clean_start:g} is a share; use 0 to 1"),
-        (min(args.epochs, args.val_every, args.log_every) < 1,
-         "--epochs, --val-every and --log-every count from 1"),
+        (min(args.epochs, args.val_every, args.log_every) < 1, "--epochs, --val-every, --log-every: 1 or more"),
         ((args.limit or 2) < 2, f"--limit {args.limit} is no training set; use 2 or more"),
         (args.lr <= 0 or args.wd < 0, f"--lr {args.lr:g} --wd {args.wd:g}; use --lr > 0, --wd >= 0"),
         (args.early_stop and not args.holdout, "--early-stop needs held-out images; use --holdout 1000"),
@@ -173,15 +172,6 @@ def parameter_groups(net, wd):
     decayed = [m.weight for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     others = [p for p in net.parameters() if all(p is not d for d in decayed)]
     return [{"params": decayed, "weight_decay": wd}, {"params": others, "weight_decay": 0.0}]
-
-
-def share_statistics(net, world):
-    """Average BatchNorm's running statistics over the ranks: all attack and save one network."""
-    statistics = [b for name, b in net.named_buffers() if "running" in name]
-    if world > 1:
-        flat = torch.cat(statistics)
-        dist.all_reduce(flat)
-        torch._foreach_copy_(statistics, list((flat / world).split([len(b) for b in statistics])))
 
 
 def attack(args, model, x, y, index, epoch):
@@ -260,7 +250,7 @@ class Log:
         if active:
             try:
                 out.mkdir(parents=True, exist_ok=True)
-                self.txt, self.jsonl = (open(out / f"log.{k}", "a", buffering=1) for k in ("txt", "jsonl"))
+                self.txt, self.jsonl = (open(out / name, "a", buffering=1) for name in LOGS)
                 fcntl.lockf(self.txt, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with us; flock does not
             except BlockingIOError:
                 raise SystemExit(f"another run writes into {out}; wait for it, or choose another --out")
@@ -322,13 +312,6 @@ def open_folder(args, rank, world, facts, notes):
     return log, state
 
 
-def commit():
-    """Of the code that runs, "-dirty" where it was edited; None outside git."""
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"]
-    with contextlib.suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-
 # The run
 
 def network(args, num_classes, small_input):
@@ -380,8 +363,9 @@ def set_up(args):
         network(args, len(images.classes), images.small_input)
     facts = dict(classes=images.classes, small_input=images.small_input, n_images=images.n)
     log, state = open_folder(args, rank, world, facts, dict(
-        num_classes=len(images.classes), commit=commit(), processes=world, python=sys.version.split()[0],
-        torch=torch.__version__, torchvision=torchvision.__version__))
+        num_classes=len(images.classes), processes=world, python=sys.version.split()[0],
+        torch=torch.__version__, torchvision=torchvision.__version__, commit=subprocess.getoutput(
+            f"cd {shlex.quote(str(Path(__file__).parent))} && git describe --always --dirty 2>/dev/null")))
 
     run = assemble(args, device, rank, world, len(images.classes), images.small_input,
                    state and state["model"])
