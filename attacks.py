@@ -201,7 +201,7 @@ def pgd_queue(model, batches, slots, eps, step_size, steps, restarts=1, seed=0, 
             s = Undecided(
                 index=zero.clone(), x=x.clone(), y=zero.clone(), clean=zero.clone(), lower=x.clone(),
                 upper=x.clone(), x_adv=x.clone(), step=zero.clone(), restart=zero.clone(),
-                forwards=zero.clone(), busy=zero.bool(), robust=zero.bool()[:, None].repeat(1, steps + 1))
+                forwards=zero.clone(), busy=zero.bool(), robust=zero.bool().repeat(steps + 1, 1).T)
 
         # Move in, and when nothing is left to, shrink by halves: each new shape costs a compiled graph
         k = min(slots - n_busy, len(waiting[0]))

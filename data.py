@@ -22,14 +22,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torchvision import transforms as T
 from torchvision.datasets import CIFAR10, ImageFolder
 
 from attacks import uniform
 
-# where a data set lies unless --data-dir says otherwise
-FOLDERS = {"imagenet": "data/imagenet", "cifar10": "data", "shapes": ""}
-BICUBIC = transforms.InterpolationMode.BICUBIC
+BICUBIC = T.InterpolationMode.BICUBIC
 AUGMENT = 1  # uniform's counter for crops and flips; the attack's noise has others
 SHAPES_SEED = -1  # of the pictures themselves: no start or crop may repeat their numbers
 
@@ -43,7 +41,6 @@ def key(*words):
 class Images:
     """One split: labels y (n,) int64, and pixels x (n, 3, H, W) uint8 on the device or file paths."""
 
-    name: str
     classes: list
     res: int
     y: torch.Tensor
@@ -56,38 +53,32 @@ class Images:
         return len(self.y)
 
     @property
-    def small_input(self):
-        return self.name != "imagenet"
-
-    @property
     def fingerprint(self):
         """Changes with what the images are, not with where they lie."""
-        names = [Path(path).parts[-2:] for path in self.paths or []]
-        return key(self.name, self.res, self.classes, self.n, names)
+        return key(self.res, self.classes, self.n, [Path(path).parts[-2:] for path in self.paths or []])
 
 
 # The three data sets
 
-def load(name, data_dir=None, train=True, res=None, classes=None, download=False, device="cpu"):
+def load(name, data_dir=None, train=True, res=32, classes=None, download=False, device="cpu"):
     """One split of a data set -> Images. classes: a trained model's, to map the labels by name.
 
     SystemExit if name, files, resolution or classes are not there or do not fit.
     """
-    if name not in FOLDERS:
-        raise SystemExit(f"--data {name} is unknown; use one of {', '.join(FOLDERS)}")
+    if name not in SOURCES:
+        raise SystemExit(f"--data {name} is unknown; use one of {', '.join(SOURCES)}")
     if download and name != "cifar10":
         raise SystemExit(f"--download fetches cifar10 only, not {name}")
-    least, most, usual = {"imagenet": (32, 4096, 224), "cifar10": (32, 32, 32)}.get(name, (16, 1024, 32))
-    res = usual if res is None else res
+    source, folder, least, most = SOURCES[name]
     if not least <= res <= most:
         raise SystemExit(f"--res {res} does not fit {name}; use {least} to {most}")
-    data_dir = Path(FOLDERS[name] if data_dir is None else data_dir)
-    images = LOADERS[name](data_dir, train, res, download)
+    data_dir = Path(folder if data_dir is None else data_dir)
+    images = source(data_dir, train, res, download)
     if classes is not None:
         foreign = [name for name in images.classes if name not in classes]
         if foreign:
-            raise SystemExit(f"{len(foreign)} classes of {data_dir} are unknown to the model, e.g. "
-                             f"{foreign[0]}; it has {len(classes)}, e.g. {classes[0]}; give its --data-dir")
+            raise SystemExit(f"{data_dir} has unknown classes, e.g. {foreign[0]}; the model knows "
+                             f"{len(classes)}, e.g. {classes[0]}; give the --data-dir of its training")
         images.y = torch.tensor([classes.index(name) for name in images.classes])[images.y]
         images.classes = classes
     if images.x is not None:
@@ -101,9 +92,9 @@ def imagenet(data_dir, train, res, download):
         folder = ImageFolder(root, allow_empty=True)
         paths, y = zip(*folder.samples)
     except (OSError, ValueError):  # no folder, no class, no image
-        raise SystemExit(f"no images under {root}; --data imagenet needs {{train,val}}/<class>/*.JPEG in its "
-                         "--data-dir; see it move without any: --data shapes")
-    return Images("imagenet", folder.classes, res, torch.tensor(y), paths=list(paths))
+        raise SystemExit(f"no images under {root}; --data imagenet needs its --data-dir to hold "
+                         "{train,val}/<class>/*.JPEG; see it move without any: --data shapes")
+    return Images(folder.classes, res, torch.tensor(y), paths=list(paths))
 
 
 def cifar10(data_dir, train, res, download):
@@ -113,15 +104,19 @@ def cifar10(data_dir, train, res, download):
         raise SystemExit(f"no CIFAR-10 in {data_dir}/cifar-10-batches-py ({str(error).splitlines()[0]});"
                          " say where it is with --data-dir, or add --download")
     x = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()  # (n, 32, 32, 3) -> (n, 3, 32, 32)
-    return Images("cifar10", files.classes, 32, torch.tensor(files.targets), x)
+    return Images(files.classes, 32, torch.tensor(files.targets), x)
 
 
 def shapes(data_dir, train, res, download):
     x, y = draw_shapes(6000 if train else 1000, res, train)
-    return Images("shapes", list(SHAPES), res, y, x)
+    return Images(list(SHAPES), res, y, x)
 
 
-LOADERS = {"imagenet": imagenet, "cifar10": cifar10, "shapes": shapes}
+SOURCES = {  # where it lies unless --data-dir says otherwise, its least and largest resolution
+    "imagenet": (imagenet, "data/imagenet", 32, 4096),
+    "cifar10": (cifar10, "data", 32, 32),
+    "shapes": (shapes, "", 16, 1024),
+}
 
 
 SHAPES = {  # class: signed distance to its edge at (u, v), negative inside
@@ -140,7 +135,7 @@ SHAPES = {  # class: signed distance to its edge at (u, v), negative inside
 
 
 def draw_shapes(n, res, train):
-    """Ten procedural classes -> x (n, 3, res, res) uint8, y (n,) int64; image i of a split never changes.
+    """Ten procedural classes -> x (n, 3, res, res) uint8, y (n,) int64; images of a split never change.
 
     The shape, and its hue a little, is the cue that survives an attack. The grating of 4/255, its pitch
     told by the class, is the one that does not (cf. Ilyas et al. 2019, arXiv:1905.02175).
@@ -148,7 +143,7 @@ def draw_shapes(n, res, train):
     x, y = torch.empty(n, 3, res, res, dtype=torch.uint8), torch.arange(n) % len(SHAPES)
     row, column = torch.arange(res)[:, None], torch.arange(res)
     for index in torch.arange(n).split(max(1, 2**20 // res**2)):  # bounded memory at any resolution
-        u = uniform(SHAPES_SEED, index, (train, 0), (16,)).T[:, :, None, None]  # (N, 16) -> (16, N, 1, 1)
+        u = uniform(SHAPES_SEED, index, (train, 0), (16,)).T[..., None, None]  # -> (16, N, 1, 1)
         k, size, turn = y[index, None, None] / len(SHAPES), 0.5 + 0.2 * u[2], 0.6 * u[3] - 0.3
         a, b = ((axis + 0.5) * 2 / res - 0.85 - 0.3 * p for axis, p in zip((column, row), u))  # ± 0.15
         a, b = (a * turn.cos() - b * turn.sin()) / size, (b * turn.cos() + a * turn.sin()) / size
@@ -169,7 +164,7 @@ def draw_shapes(n, res, train):
     return x, y
 
 
-# Which images
+# Which images, and batches of them
 
 def subset(n, limit=None):
     """The first `limit` of one fixed permutation of 0 .. n-1, sorted. (Folders come sorted by class.)"""
@@ -195,8 +190,6 @@ def epoch_batches(members, epoch, seed, batch_size, world=1):
     return [batch for batch in batches if len(batch) > world or len(batch) == batch_size]
 
 
-# Batches
-
 def train_batches(images, members, batch_size, epochs, seed=0, start=(0, 0), rank=0, world=1, workers=0,
                   device="cpu", autoaugment=False):
     """Yields this rank's (index, x, y) of each step, from `start` = (epoch, step) to the last epoch.
@@ -210,13 +203,13 @@ def train_batches(images, members, batch_size, epochs, seed=0, start=(0, 0), ran
         files = Files(images, members, train_transform(images.res, autoaugment), seed)
         yield from from_files(files, plan, workers, device)
         return
-    policy = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
+    policy = T.AutoAugment(T.AutoAugmentPolicy.CIFAR10)
     for epoch, index in plan:
         index = index.to(device)
         x = crop_and_flip(images.x[index], uniform(seed, index, (AUGMENT, epoch), (3,)))
         if autoaugment:
-            seeds = [key(seed, epoch, i) for i in index.tolist()]
-            x = torch.stack([seeded(*image) for image in zip(seeds, [policy] * len(x), x)])
+            x = torch.stack([seeded(key(seed, epoch, i), policy, image)
+                             for i, image in zip(index.tolist(), x)])
         yield index, x.float().div_(255), images.y[index]
 
 
@@ -246,15 +239,14 @@ def crop_and_flip(x, u, pad=4):
 
 def train_transform(res, autoaugment=False):
     """Random resized crop and flip, bicubic as everywhere in SAT's code, to uint8 (3, res, res)."""
-    policy = [transforms.AutoAugment(transforms.AutoAugmentPolicy.IMAGENET)] if autoaugment else []
-    return transforms.Compose([transforms.RandomResizedCrop(res, interpolation=BICUBIC),
-                               transforms.RandomHorizontalFlip(), *policy, transforms.PILToTensor()])
+    policy = [T.AutoAugment(T.AutoAugmentPolicy.IMAGENET)] if autoaugment else []
+    crop = T.RandomResizedCrop(res, interpolation=BICUBIC)
+    return T.Compose([crop, T.RandomHorizontalFlip(), *policy, T.PILToTensor()])
 
 
 def eval_transform(res):
     """Shorter side to res + 32 (SAT: 256, 331, 412), centre crop, bicubic, to uint8 (3, res, res)."""
-    return transforms.Compose([transforms.Resize(res + 32, BICUBIC), transforms.CenterCrop(res),
-                               transforms.PILToTensor()])
+    return T.Compose([T.Resize(res + 32, BICUBIC), T.CenterCrop(res), T.PILToTensor()])
 
 
 def seeded(seed, function, *arguments):
@@ -305,9 +297,9 @@ def collate(items):
 
 def loader_processes(workers, name, world):
     """--workers, or as many as the cores allow each process; data in memory needs none."""
-    if workers is not None:
-        return workers
-    return 0 if name != "imagenet" else max(1, min(12, len(os.sched_getaffinity(0)) // world - 1))
+    cores = len(os.sched_getaffinity(0)) // world
+    usual = max(1, min(12, cores - 1)) if name == "imagenet" else 0
+    return usual if workers is None else workers
 
 
 def ignore_signals(_):
@@ -317,10 +309,9 @@ def ignore_signals(_):
 
 def from_files(files, plan, workers, device):
     """The batches of `plan`, (epoch, indices) each, read by worker processes."""
-    device = torch.device(device)
     items = ([(epoch, i) for i in index.tolist()] for epoch, index in plan)
     loader = DataLoader(files, batch_sampler=items, num_workers=workers, collate_fn=collate,
-                        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
+                        worker_init_fn=ignore_signals, pin_memory="cuda" in str(device),
                         generator=torch.Generator())  # or it would draw from everybody's
     try:
         for index, x, y, broken in loader:
@@ -331,5 +322,4 @@ def from_files(files, plan, workers, device):
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise SystemExit(f"a loader process died: {str(error).splitlines()[0]}; is there memory enough? "
-                         f"Try fewer than --workers {workers}")
+        raise SystemExit(f"{error}; is there memory enough? Use less than --workers {workers}")

@@ -55,7 +55,7 @@ def get_args(argv=None):
     # what to measure
     p.add_argument("--out", default="out", help="a run's folder: its model.pt, network and data")
     p.add_argument("--weights", help="a state dict; args.json beside it or the next flags tell the rest")
-    p.add_argument("--data", choices=data.FOLDERS, help="default: the run's, or imagenet")
+    p.add_argument("--data", choices=data.SOURCES, help="default: the run's, or imagenet")
     p.add_argument("--data-dir", help="default: the run's, or data/imagenet, or data")
     p.add_argument("--arch", help="default: the run's; " + ", ".join(MODELS))
     p.add_argument("--act", help="default: the run's")
@@ -70,7 +70,7 @@ def get_args(argv=None):
     p.add_argument("--step-size", type=float, help="of PGD, in 1/255; default: imagenet 1, else 2")
     p.add_argument("--restarts", type=int, default=1, help="random starts of PGD to survive")
     p.add_argument("--last-iterate", action="store_true", help="SAT's protocol")
-    p.add_argument("--smooth-backward", default="none", choices=["none", "attacker"], help="SAT Sec. 3.2")
+    p.add_argument("--smooth-backward", default="none", choices=["none", "attacker"], help="Sec. 3.2")
     p.add_argument("--seed", type=int, default=0, help="of the random starts")
     # how
     p.add_argument("--dtype", default="fp32", choices=["fp32", "tf32", "bf16", "fp16"],
@@ -173,7 +173,7 @@ def all_ranks(tensor):
 
 def summed(counts, device):
     """Counts of one process, ints or lists of ints by name -> counts of all processes."""
-    return {name: all_ranks(torch.tensor(count, device=device)).tolist() for name, count in counts.items()}
+    return {name: all_ranks(torch.tensor(k, device=device)).tolist() for name, k in counts.items()}
 
 
 def wilson(k, n, z=1.959964):
@@ -226,8 +226,8 @@ def find_run(args):
     if (folder / "args.json").exists():
         run = json.loads((folder / "args.json").read_text())
     elif args.weights is None:
-        raise SystemExit(f"no run in {folder} (no args.json); train one, python train.py --data shapes, or "
-                         "give --weights FILE --arch ARCH --act ACT --data DATA")
+        raise SystemExit(f"no run in {folder} (no args.json); train one, python train.py --data shapes, "
+                         "or give --weights FILE --arch ARCH --act ACT --data DATA")
     elif args.arch is None or args.act is None:
         raise SystemExit(f"--weights {args.weights} needs the --arch and --act that it was trained with")
     else:
@@ -244,7 +244,7 @@ def find_run(args):
 
 def open_model(run, images, device):
     """The trained network in eval mode, channels last on a GPU, and a hash of its weights."""
-    small_input = images.small_input if run.small_input is None else run.small_input
+    small_input = run.data != "imagenet" if run.small_input is None else run.small_input
     net = build(run.arch, run.act, len(images.classes), run.act_alpha, small_input=small_input,
                 bn_eps=run.bn_eps or 1e-5)
     load_weights(net, run.weights)
@@ -258,7 +258,7 @@ def open_model(run, images, device):
 def progress(began, n_done, n, what=""):
     """Show how far work is since `began`; Stopped if a signal came."""
     stop_if_asked()
-    spent = time.time() - began
+    spent = time.monotonic() - began
     eta = duration(spent / n_done * (n - n_done)) if n_done else "?"
     show(f"{what}{int(n_done)}/{n} images | {duration(spent)} | eta {eta}")
 
@@ -266,11 +266,11 @@ def progress(began, n_done, n, what=""):
 def measure_pgd(job, ledger, members):
     """PGD on those of `members` that have no ledger line yet -> counts."""
     left = torch.tensor([i for i in members if (i, None) not in ledger.lines], dtype=torch.long)
-    began, done = time.time(), 0
+    began, done = time.monotonic(), 0
     batches = data.eval_batches(job.images, left, job.slots, job.workers, job.device)
-    for line in pgd_queue(
-            job.model, batches, job.slots, job.eps / 255, job.step_size / 255, job.steps, job.restarts,
-            job.seed, job.exact, job.last_iterate, job.loss_scale, lambda: progress(began, done, len(left))):
+    numbers = job.eps / 255, job.step_size / 255, job.steps, job.restarts, job.seed
+    for line in pgd_queue(job.model, batches, job.slots, *numbers, job.exact, job.last_iterate,
+                          job.loss_scale, lambda: progress(began, done, len(left))):
         ledger.write(line)
         done += 1
     return tally([ledger.lines[i, None] for i in members], job.steps)
@@ -281,7 +281,7 @@ def measure_autoattack(job, ledger, members):
     counts, seconds, warnings = {"n": len(members), "fooled": [], "forwards_by": []}, [], {}
     for name in ATTACKS[job.attack]:
         left = torch.tensor([i for i in members if (i, name) not in ledger.lines], dtype=torch.long)
-        began, done = time.time(), 0
+        began, done = time.monotonic(), 0
 
         def tick(_, step, steps, n_undecided):
             progress(began, done + len(x) * step / steps, len(left), f"{name} ")
@@ -297,7 +297,7 @@ def measure_autoattack(job, ledger, members):
             done += len(x)
             for warning in report["warnings"]:
                 warnings.setdefault(warning.partition(":")[0], warning)
-        seconds.append(round(time.time() - began, 1))
+        seconds.append(round(time.monotonic() - began, 1))
         lines = [ledger.lines[i, name] for i in members]
         counts.setdefault("n_correct", sum(line["clean"] == line["label"] for line in lines))
         counts["fooled"].append(sum(line["fell"] for line in lines))
@@ -320,7 +320,8 @@ def report_lines(r):
         yield (f"PGD-{r['steps']}, eps {r['eps']:g}, step {r['step_size']:g}, restarts {r['restarts']}, "
                f"seed {r['seed']}, {r['dtype']}, verdict of {protocol}")
     else:
-        yield f"{r['attack']} ({', '.join(r['attacks'])}), eps {r['eps']:g}, seed {r['seed']}, {r['dtype']}"
+        attacks = ", ".join(r["attacks"])
+        yield f"{r['attack']} ({attacks}), eps {r['eps']:g}, seed {r['seed']}, {r['dtype']}"
     yield line("clean", r["n_correct"], r["n"])
     yield line("robust", r["n_robust"], r["n"])
     if r["attack"] == "pgd":
@@ -345,12 +346,12 @@ def main():
     eps, step_size, steps = (default if given is None else given for given, default in
                              zip((args.eps, args.step_size, args.steps), PGD[run.data]))
     if min(eps, steps) < 0 or (steps and step_size <= 0):
-        raise SystemExit(f"--eps {eps:g} --steps {steps} --step-size {step_size:g} is no attack; eps and "
-                         "steps are 0 or more, and steps need a step size above 0")
+        raise SystemExit(f"--eps {eps:g} --steps {steps} --step-size {step_size:g} is no attack; eps "
+                         "and steps are 0 or more, and steps need a step size above 0")
     if args.restarts < 1 or (args.last_iterate and args.restarts > 1):
         raise SystemExit(f"--restarts {args.restarts}; use 1 or more, with --last-iterate exactly 1")
-    if min(args.limit or 1, args.batch_size or 1) < 1:
-        raise SystemExit("--limit and --batch-size need 1 or more")
+    if min(1 if n is None else n for n in (args.limit, args.batch_size)) < 1:
+        raise SystemExit(f"--limit {args.limit} --batch-size {args.batch_size}; they need 1 or more")
 
     images = data.load(run.data, run.data_dir, False, run.res, run.classes, device=device)
     net, digest = open_model(run, images, device)
@@ -359,11 +360,12 @@ def main():
         **vars(args) | dict(eps=eps, step_size=step_size, steps=steps, device=device), images=images,
         model=in_precision(view, args.dtype, device), loss_scale=LOSS_SCALE.get(args.dtype, 1.0),
         exact=None if args.dtype == "fp32" else in_precision(attacker_view(net), "fp32", device),
-        slots=args.batch_size or (100 if device.type == "cpu" else 256 if run.data == "imagenet" else 512))
+        slots=args.batch_size or {"cpu": 100}.get(device.type, 256 if run.data == "imagenet" else 512))
     job.workers = data.loader_processes(args.workers, run.data, world)
 
     # The ledger's name changes with everything that can change a verdict
-    pgd = f"-step{step_size:g}-{steps}x{args.restarts}{'-last' * args.last_iterate}" * (args.attack == "pgd")
+    last = "-last" * args.last_iterate
+    pgd = f"-step{step_size:g}-{steps}x{args.restarts}{last}" if args.attack == "pgd" else ""
     identity = data.key(digest, images.fingerprint, run.arch, run.act, run.act_alpha, run.bn_eps,
                         args.smooth_backward, args.dtype, device.type)
     name = f"{args.attack}-eps{eps:g}{pgd}-seed{args.seed}-{identity % 16**8:08x}"
@@ -374,7 +376,7 @@ def main():
         say(f"going on from {before} lines in {ledger.file.name}; --fresh starts over")
 
     listen()
-    began, extra = time.time(), {}
+    began, extra = time.monotonic(), {}
     try:
         if args.attack == "pgd":
             counts = summed(measure_pgd(job, ledger, members), device)
@@ -391,13 +393,12 @@ def main():
 
     paper = PAPER.get((run.arch, run.act, run.res)) if len(images.classes) == 1000 and eps == 4 else None
     report = {
-        "weights": str(run.weights), "hash": digest, "data": run.data, "arch": run.arch, "act": run.act,
-        "act_alpha": run.act_alpha, "res": run.res, "attack": args.attack, "eps": eps,
-        "step_size": step_size, "steps": steps, "restarts": args.restarts, "seed": args.seed,
-        "last_iterate": args.last_iterate, "smooth_backward": args.smooth_backward, "dtype": args.dtype,
-        **counts, **extra, "paper": paper,
-        "interval": wilson(counts["n_robust"], counts["n"]), "seconds": round(time.time() - began, 1),
-        "processes": world, "device": device_name(device)}
+        "weights": str(run.weights), "hash": digest,
+        **{name: vars(run)[name] for name in ("data", "arch", "act", "act_alpha", "res")},
+        **{name: vars(job)[name] for name in ("attack", "eps", "step_size", "steps", "restarts", "seed",
+                                              "last_iterate", "smooth_backward", "dtype")},
+        **counts, **extra, "paper": paper, "interval": wilson(counts["n_robust"], counts["n"]),
+        "seconds": round(time.monotonic() - began, 1), "processes": world, "device": device_name(device)}
     if rank == 0:
         if len(ledger.lines) == before and ledger.report.exists():  # nothing was left to do
             old = json.loads(ledger.report.read_text())

@@ -382,8 +382,8 @@ def load_weights(net, path):
     odd = sorted(name for name in mine | theirs if mine.get(name) != theirs.get(name))
     if odd:
         raise SystemExit(
-            f"{path} does not fit this network: {len(odd)} of {len(mine)} tensors differ, e.g. {odd[0]}, "
-            f"{theirs.get(odd[0], 'absent')} in the file and {mine.get(odd[0], 'absent')} here; "
+            f"{path} does not fit this network: {len(odd)} of {len(mine)} tensors differ, e.g. "
+            f"{odd[0]}, {theirs.get(odd[0], 'absent')} in the file, {mine.get(odd[0], 'absent')} here; "
             "give the --arch, --act and --data that the weights were trained with")
     net.load_state_dict(state)
 
@@ -405,12 +405,12 @@ def save_file(path, content):
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise SystemExit(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full? What was "
-                         "written before is whole; make room, then go on with --resume")
+        raise SystemExit(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full? What "
+                         "was written before is whole; make room, then go on with --resume")
 
 
 def count(net, res):
-    """Of a net on the meta device -> parameters, and for an image FLOPs forward, bytes kept for backward."""
+    """Of a net on the meta device -> parameters; of an image: FLOPs forward, bytes kept for backward."""
     kept = {}
 
     def keep(tensor):

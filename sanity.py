@@ -340,7 +340,6 @@ def doubts(net, index, x, y, eps, step_size, surrogate=None, normal=None, watch=
     once = fall("PGD-1", net, slice(None), eps, eps, 1)
     yield judge("PGD-1 fools, PGD-50 does not", ((fell > 50) & (once <= 1))[right], 0.02, 0.1, "masked")
     yield judge("robust to PGD-1, and to PGD-50", (fell > 50)[once > 1], 0.5, 0.25, "one-step overfit")
-    # Radii
     falls = [fall(f"eps {e}", net, right, e, max(1, 2.5 * e / SWEEP), SWEEP) for e in RADII]
     stand = torch.stack(falls) == inf
     curve = "; eps " + ", ".join(f"{e}: {k / len(y):.1%}" for e, k in zip(RADII, stand.sum(1)))
@@ -370,16 +369,16 @@ def doubts(net, index, x, y, eps, step_size, surrogate=None, normal=None, watch=
 
 
 def report(args):
-    run, began, found = open_run(args, 256), {"": time.time()}, {}
+    run, began, found = open_run(args, 256), {"": time.monotonic()}, {}
     say(f"{run.weights}: {run.arch} {run.act}, {len(run.y)} images of {run.data}, eps {run.eps:g}")
     others = [path and other_net(path, run)[0] for path in (args.surrogate, args.normal)]
-    watch = lambda what, k, n: progress(began.setdefault(what, time.time()), k, n, f"{what}: ")
+    watch = lambda what, k, n: progress(began.setdefault(what, time.monotonic()), k, n, f"{what}: ")
     for doubt in doubts(run.net, run.index, run.x, run.y, run.eps, run.step_size, *others, watch):
         found[doubt["what"]] = doubt
         say("{verdict:<4} | {what:<32} | {measured} | {wanted} | {why}".format(**doubt))
     verdicts = [doubt["verdict"] for doubt in found.values()]
     counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in ("PASS", "WARN", "FAIL", "SKIP")]
-    say(f"{', '.join(counts)}; {evaluate.duration(time.time() - began[''])}")
+    say(f"{', '.join(counts)}; {evaluate.duration(time.monotonic() - began[''])}")
     if run.json:
         found.update(hash=run.digest, n=len(run.y), eps=run.eps)
         Path(run.json).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
@@ -407,7 +406,7 @@ def roughness(surface):
 
 
 def landscape(args):
-    run, began, shown, titles = open_run(args, 20), time.time(), [], []
+    run, began, shown, titles = open_run(args, 20), time.monotonic(), [], []
     nets = [(run.net, f"{run.arch} {run.act}")] + [other_net(path, run) for path in args.against]
     n, unit = len(run.y), 2 * run.eps
     for net, name in nets:
@@ -456,37 +455,38 @@ def step_cost(run, index, x):
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-    share = train.train_step(run, index, x, index, True)
-    seconds = train.clock(run.device, True) - began
-    return seconds, share, (torch.cuda.max_memory_allocated() - held) / 2**20
+    share = train.train_step(run, index, x, index % 1000, True)
+    ended = train.clock(run.device, True)
+    return ended - began, share, (torch.cuda.max_memory_allocated() - held) / 2**20
 
 
 def cost(args):
-    first, runs = train.get_args(args.rest), {}
+    first, runs, rounds, began = train.get_args(args.rest), {}, [], time.monotonic()
     device, _, _ = evaluate.open_device(first.device)
     for c, act, k in itertools.product(range(1 + first.compile), args.acts, args.pgd):
         run = argparse.Namespace(**vars(first) | dict(act=act, steps=k, compile=c, lr=1e-9))
-        runs[act, k, c] = train.assemble(run, device, 0, 1, 1000, run.data != "imagenet")
-    index = torch.arange(min(first.batch_size, 32 if device.type == "cpu" else 128), device=device)
-    x = torch.rand(len(index), 3, first.res, first.res, device=device)
-    rounds = [[step_cost(run, index, x) for run in runs.values()] for _ in range(2 + args.rounds)]
-    costs = dict(zip(runs, np.median(rounds[2:], axis=0)))  # in turn; the first two warm up
-    say(f"{first.arch}, {first.res} px, {len(x)} images, {first.dtype}, {evaluate.device_name(device)}")
+        runs[act, k, c] = train.assemble(run, device, 0, 1, 1000)
+    n = first.batch_size if "--batch-size" in args.rest else 32 if device.type == "cpu" else 128
+    index, x = torch.arange(n, device=device), torch.rand(n, 3, first.res, first.res, device=device)
+    while len(rounds) < 2 + args.rounds:  # all kinds in turn; the first two rounds warm up
+        progress(began, len(rounds) * n * len(runs), (2 + args.rounds) * n * len(runs), "steps on ")
+        rounds.append([step_cost(run, index, x) for run in runs.values()])
+    costs = dict(zip(runs, np.median(rounds[2:], axis=0)))
+    say(f"{first.arch}, {first.res} px, {n} images, {first.dtype}, {evaluate.device_name(device)}")
     say("act         PGD  compiled  ms/step  img/s  attack  PGD-0: 1  (FLOPs)  ReLU: 1  peak MiB")
     for (act, k, c), (seconds, share, memory) in costs.items():
         plain, relu = (costs.get(kind, [np.nan])[0] for kind in ((act, 0, c), ("relu", k, c)))
-        speed, flops = len(x) / seconds, (2 * k + 3) / 3  # the attack's step: 2 forwards, the update: 3
-        say(f"{act:<11}{k:4}{('no', 'yes')[c]:>10}{1e3 * seconds:9.1f}{speed:7.0f}{share:8.0%}"
+        flops = (2 * k + 3) / 3  # a step of the attack costs 2 forwards, the update 3
+        say(f"{act:<11}{k:4}{('no', 'yes')[c]:>10}{1e3 * seconds:9.1f}{n / seconds:7.0f}{share:8.0%}"
             f"{seconds / plain:10.2f}{flops:9.2f}{seconds / relu:9.2f}{memory:10.0f}")
     try:
-        images = data.load(first.data, first.data_dir, True, first.res, device=device)
+        images = data.load(first.data, first.data_dir, True, first.res)
     except SystemExit as reason:
         return say(f"loader: {reason}")
-    stream = data.train_batches(images, torch.arange(images.n), len(x), 10**6, device=device)
+    stream, began = data.train_batches(images, torch.arange(images.n), n, 10**6), time.monotonic()
     torch.set_num_threads(1)
-    began = time.time()
-    wait = sum(1 for _ in zip(range(20), stream)) and (time.time() - began) / 20
-    say(f"loader: {len(x) / wait:.0f} img/s on one core, {wait / seconds:.1%} of the last row's step")
+    wait = sum(1 for _ in zip(range(20), stream)) and (time.monotonic() - began) / 20
+    say(f"loader: {n / wait:.0f} img/s on one core, {wait / seconds:.1%} of the last row's step")
 
 
 def get_args(argv=None):

@@ -7,8 +7,6 @@ The ResNet-50 / SiLU row of the README on 8 GPUs:
 $ torchrun --standalone --nproc_per_node=8 train.py --arch resnet50 --act silu
 What a run would cost, without data:
 $ python train.py --arch efficientnet_l1 --enhanced --plan
-
-Keys: SAT is arXiv:2006.14536.
 """
 import argparse
 import contextlib
@@ -55,10 +53,9 @@ RECIPES = {
 ENHANCED = dict(wd=1e-5, epochs=200, stochastic_depth=0.2, autoaugment=True, ema=True, early_stop=True)
 
 NOISE, CLEAN_START = 2, 3  # uniform's counters in training, beside data's AUGMENT
-LOGS = "log.txt", "log.jsonl"
+PROGRESS = "epoch", "step", "ended", "best", "best_epoch", "top", "skipped"  # in every checkpoint
 # may differ on --resume
-FREE = {"out", "resume", "workers", "device", "log_every", "save_every", "download", "plan"}
-PROGRESS = ("epoch", "step", "ended", "best", "best_epoch", "top", "skipped")  # in every checkpoint
+FREE = "out", "resume", "workers", "device", "log_every", "save_every", "download", "plan"
 # torch 2.15 renames the argument, 2.11 does not know the new name
 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
 
@@ -82,7 +79,6 @@ def get_args(argv=None):
     p.add_argument("--act-alpha", type=float, help="its sharpness; default: the paper's")
     p.add_argument("--smooth-backward", default="none", help="SAT Table 1: who sees a smooth ReLU",
                    choices=["none", "attacker", "optimizer", "both"])
-    p.add_argument("--bn-eps", type=float, default=1e-5, help="of BatchNorm")
     p.add_argument("--dropout", type=float, help="rate; default: 0, with --enhanced the network's own")
     p.add_argument("--stochastic-depth", type=float, default=0.0, help="an EfficientNet's last rate")
     p.add_argument("--res", type=int, help="pixels; default: the network's own, cifar10 and shapes 32")
@@ -139,13 +135,12 @@ def check(args, world):
         (args.accum < 1 or args.batch_size < 1 or args.batch_size % parts,
          f"--batch-size {args.batch_size} does not split over {world} processes x --accum {args.accum}; "
          f"use {near} or {near + parts}"),
-        (min(args.eps, args.steps) < 0, f"--eps {args.eps:g} --steps {args.steps}: neither can be negative"),
+        (min(args.eps, args.steps) < 0, f"--eps {args.eps:g} --steps {args.steps}; use 0 or more"),
         (args.steps > 0 and args.step_size <= 0, f"--step-size {args.step_size:g} is no attack; use "
          f"--step-size {args.eps or 4:g}, or --steps 0 for normal training"),
-        (args.smooth_backward != "none" and args.act != "relu",
-         f"--smooth-backward is for ReLU, {args.act} has its own gradient; use --act relu"),
         (not 0 <= args.clean_start <= 1, f"--clean-start {args.clean_start:g} is a share; use 0 to 1"),
-        (min(args.epochs, args.val_every, args.log_every) < 1, "--epochs, --val-every, --log-every: 1 or more"),
+        (min(args.epochs, args.val_every, args.log_every) < 1, f"--epochs {args.epochs} --val-every "
+         f"{args.val_every} --log-every {args.log_every}; use 1 or more"),
         ((args.limit or 2) < 2, f"--limit {args.limit} is no training set; use 2 or more"),
         (args.lr <= 0 or args.wd < 0, f"--lr {args.lr:g} --wd {args.wd:g}; use --lr > 0, --wd >= 0"),
         (args.early_stop and not args.holdout, "--early-stop needs held-out images; use --holdout 1000"),
@@ -231,7 +226,7 @@ def validate(run, net):
     model = exact if args.dtype == "fp32" else in_precision(attacker_view(net), args.dtype, run.device)
     slots = min(250, args.batch_size // run.world)
     batches = data.eval_batches(run.images, held, slots, run.workers, run.device)
-    began, lines = time.time(), []
+    began, lines = time.monotonic(), []
     for line in pgd_queue(
             model, batches, slots, args.eps / 255, args.eps / 4 / 255, 10, seed=args.seed,
             exact=None if model is exact else exact, loss_scale=LOSS_SCALE.get(args.dtype, 1.0),
@@ -250,8 +245,8 @@ class Log:
         if active:
             try:
                 out.mkdir(parents=True, exist_ok=True)
-                self.txt, self.jsonl = (open(out / name, "a", buffering=1) for name in LOGS)
-                fcntl.lockf(self.txt, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with us; flock does not
+                self.files = [open(out / name, "a", buffering=1) for name in ("log.txt", "log.jsonl")]
+                fcntl.lockf(self.files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with us; flock does not
             except BlockingIOError:
                 raise SystemExit(f"another run writes into {out}; wait for it, or choose another --out")
             except OSError as error:
@@ -260,17 +255,9 @@ class Log:
     def __call__(self, text, **values):
         if self.active:
             say(text)
-            self.txt.write(text + "\n")
+            self.files[0].write(text + "\n")
             if values:
-                self.jsonl.write(json.dumps(values) + "\n")
-
-    def lengths(self):
-        return [self.txt.tell(), self.jsonl.tell()]
-
-    def cut_back(self, lengths):
-        for file, length in zip((self.txt, self.jsonl), lengths):
-            file.truncate(length)
-            file.seek(0, os.SEEK_END)
+                self.files[1].write(json.dumps(values) + "\n")
 
 
 def open_folder(args, rank, world, facts, notes):
@@ -279,7 +266,7 @@ def open_folder(args, rank, world, facts, notes):
     if rank == 0:
         for name in ("args.json", "last.pt", "model.pt", "log.txt") if not args.resume else ():
             if (out / name).exists():
-                raise SystemExit(f"{out} holds a run ({name}); go on with --resume, or take another --out")
+                raise SystemExit(f"{out} holds a run ({name}); go on with --resume, or in another --out")
     log = Log(out, rank == 0)
     if world > 1:
         dist.barrier()
@@ -306,7 +293,9 @@ def open_folder(args, rank, world, facts, notes):
         if state["world"] != world:
             log(f"going on with {world} processes instead of {state['world']}: not bit-exact")
     if rank == 0:
-        log.cut_back(state["log"] if state else [0, 0])
+        for file, length in zip(log.files, state["log"] if state else [0, 0]):
+            file.truncate(length)
+            file.seek(0, os.SEEK_END)
         if not state:
             (out / "args.json").write_text(json.dumps({**mine, **notes}, indent=1) + "\n")
     return log, state
@@ -314,16 +303,16 @@ def open_folder(args, rank, world, facts, notes):
 
 # The run
 
-def network(args, num_classes, small_input):
+def network(args, num_classes):
     torch.manual_seed(args.seed)
     return build(args.arch, args.act, num_classes, args.act_alpha,
                  args.smooth_backward in ("optimizer", "both"), args.dropout, args.stochastic_depth,
-                 small_input, args.bn_eps)
+                 small_input=args.data != "imagenet")
 
 
-def assemble(args, device, rank, world, num_classes, small_input, weights=None):
+def assemble(args, device, rank, world, num_classes, weights=None):
     """Network, both its views, optimizer: in the order that keeps one storage -> namespace."""
-    net = network(args, num_classes, small_input)
+    net = network(args, num_classes)
     cuda = device.type == "cuda"
     net.to(device, memory_format=torch.channels_last if cuda else torch.contiguous_format)
     if weights:
@@ -359,16 +348,16 @@ def set_up(args):
     n_steps = len(data.epoch_batches(members, 0, args.seed, args.batch_size, world))
     if n_steps == 0:
         raise SystemExit(f"{len(members)} training images are no batch for {world} processes; give more")
-    with torch.device("meta"):  # refuses what build refuses, before there is a folder
-        network(args, len(images.classes), images.small_input)
-    facts = dict(classes=images.classes, small_input=images.small_input, n_images=images.n)
+    num_classes, here = len(images.classes), shlex.quote(str(Path(__file__).parent))
+    with torch.device("meta"):  # refuses what these refuse, before there is a folder
+        attacker_view(network(args, num_classes), args.smooth_backward in ("attacker", "both"))
+    facts = dict(classes=images.classes, small_input=args.data != "imagenet", n_images=images.n)
     log, state = open_folder(args, rank, world, facts, dict(
-        num_classes=len(images.classes), processes=world, python=sys.version.split()[0],
-        torch=torch.__version__, torchvision=torchvision.__version__, commit=subprocess.getoutput(
-            f"cd {shlex.quote(str(Path(__file__).parent))} && git describe --always --dirty 2>/dev/null")))
+        num_classes=num_classes, processes=world, python=sys.version.split()[0], torch=torch.__version__,
+        torchvision=torchvision.__version__,
+        commit=subprocess.getoutput(f"git -C {here} describe --always --dirty 2>/dev/null")))
 
-    run = assemble(args, device, rank, world, len(images.classes), images.small_input,
-                   state and state["model"])
+    run = assemble(args, device, rank, world, num_classes, state and state["model"])
     if state:
         run.optimizer.load_state_dict(state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
@@ -376,11 +365,12 @@ def set_up(args):
             run.ema.load_state_dict(state["ema"])
         vars(run).update({name: state[name] for name in PROGRESS})
         run.sums += torch.tensor(state["sums"], dtype=torch.float64, device=device) * (rank == 0)
-    for mine, theirs in zip(run.net.parameters(), run.view.parameters()):
-        assert mine.data_ptr() == theirs.data_ptr(), "the two views must share their storage"
+    mine, theirs = ({t.data_ptr() for t in (*tree.parameters(), *tree.buffers())}
+                    for tree in (run.net, run.view))
+    assert theirs <= mine, "the two views must share their storage"
     vars(run).update(
         images=images, members=members, held=held, n_steps=n_steps, log=log, out=Path(args.out),
-        saved=time.time(), unreadable=set(),
+        saved=time.monotonic(), unreadable=set(),
         workers=data.loader_processes(args.workers, args.data, world),
         votes=dist.new_group(backend="gloo", timeout=timedelta(hours=24)) if world > 1 else None)
     return run
@@ -388,7 +378,7 @@ def set_up(args):
 
 def vote(run):
     """Was any rank asked to stop, does rank 0 find a checkpoint due? One answer for all ranks."""
-    due = run.rank == 0 and time.time() - run.saved > 60 * run.args.save_every
+    due = run.rank == 0 and time.monotonic() - run.saved > 60 * run.args.save_every
     ballot = torch.tensor([bool(asked.signal), due], dtype=torch.int32)
     if run.world > 1:
         dist.all_reduce(ballot, dist.ReduceOp.MAX, group=run.votes)
@@ -404,9 +394,9 @@ def save(run):
         save_file(run.out / "last.pt", {
             "model": run.net.state_dict(), "optimizer": run.optimizer.state_dict(),
             "scaler": run.scaler.state_dict(), "ema": run.ema and run.ema.state_dict(),
-            "sums": total.tolist(), "world": run.world, "log": run.log.lengths(),
+            "sums": total.tolist(), "world": run.world, "log": [file.tell() for file in run.log.files],
             **{name: vars(run)[name] for name in PROGRESS}})
-    run.saved = time.time()
+    run.saved = time.monotonic()
 
 
 def stop(run):
@@ -421,8 +411,8 @@ def refuse_nonfinite(run, total):
     if not finite or (total[3] > 0 and run.args.dtype != "fp16"):
         lr = run.optimizer.param_groups[0]["lr"]
         good = [str(p) for p in (run.out / "last.pt", run.out / "last.prev.pt") if p.exists()]
-        raise SystemExit(f"loss or weights not finite at epoch {run.epoch + 1}, step {run.step} (lr {lr:.3g}"
-                         f"); last good checkpoint: {good[0] if good else 'none yet'}; try a smaller --lr")
+        raise SystemExit(f"loss or weights not finite at epoch {run.epoch + 1}, step {run.step} (lr "
+                         f"{lr:.3g}); last good checkpoint: {(good + ['none'])[0]}; try a smaller --lr")
 
 
 def name_unreadable(run):
@@ -443,7 +433,7 @@ def where(run):
 
 def log_step(run, share, line):
     """One line, over all ranks since `line`, the (sums, time) of the one before -> the new `line`."""
-    args, total, now = run.args, all_ranks(run.sums), time.time()
+    args, total, now = run.args, all_ranks(run.sums), time.monotonic()
     refuse_nonfinite(run, total)
     name_unreadable(run)
     loss, errors, n = (total - line[0])[:3].tolist()
@@ -473,8 +463,9 @@ def end_epoch(run, began):
     run.epoch, run.step, run.sums = run.epoch + 1, 0, torch.zeros_like(run.sums)
     loss, error = (total[:2] / total[2]).tolist()
     name = f"epoch {run.epoch:3d}/{args.epochs}"
+    skipped = f" | {run.skipped} steps skipped" * bool(run.skipped)
     run.log(f"{name} | train loss {loss:.4f} | train error {100 * error:.2f}% | "
-            f"{duration(time.time() - began)}" + f" | {run.skipped} steps skipped" * bool(run.skipped),
+            f"{duration(time.monotonic() - began)}{skipped}",
             kind="epoch", epoch=run.epoch, loss=loss, error=error, skipped=run.skipped)
     kept, better = (run.ema.module if run.ema else run.net).state_dict(), False
     if counted:
@@ -488,8 +479,8 @@ def end_epoch(run, began):
                 f"{args.eps:g}, n {n}) | best {100 * run.best:.2f}% at epoch {run.best_epoch}",
                 kind="val", epoch=run.epoch, n=n, clean=clean, robust=robust, raw_robust=raw)
         if args.early_stop and run.top - raw > 0.2:
-            run.ended = (f"stopped early: robust accuracy fell from {100 * run.top:.1f}% to {100 * raw:.1f}%"
-                         f", catastrophic overfitting; model.pt is best.pt, from epoch {run.best_epoch}")
+            run.ended = (f"stopped early: robust accuracy fell from {run.top:.1%} to {raw:.1%}, "
+                         f"catastrophic overfitting; model.pt is best.pt, from epoch {run.best_epoch}")
     if run.rank == 0 and better:
         save_file(run.out / "best.pt", kept)
     if run.rank == 0 and (better or not args.early_stop):
@@ -507,18 +498,15 @@ def main():
             f"{len(run.members)} images, {len(run.held)} held out; {run.n_steps} steps of "
             f"{min(args.batch_size, len(run.members))}; {args.dtype} on {run.world} "
             f"{device_name(run.device)}")
-    if args.epochs <= run.epoch or run.ended:
-        run.log(f"finished after epoch {run.epoch}; measure it with python evaluate.py --out {args.out}")
-        return
     if run.epoch or run.step:
         run.log(f"going on at epoch {run.epoch + 1}, step {run.step}")
     listen()
-    run.began, run.began_at, shown = time.time(), run.epoch * run.n_steps + run.step, 0.0
+    run.began, run.began_at = time.monotonic(), run.epoch * run.n_steps + run.step
     stream = data.train_batches(
         run.images, run.members, args.batch_size, args.epochs, args.seed, (run.epoch, run.step),
         run.rank, run.world, run.workers, run.device, args.autoaugment)
     while run.epoch < args.epochs and not run.ended:
-        began, line = time.time(), (all_ranks(run.sums), time.time())
+        began, line = time.monotonic(), (all_ranks(run.sums), time.monotonic())
         while run.step < run.n_steps:
             for group in run.optimizer.param_groups:
                 group["lr"] = lr_at(args, run.epoch, run.step, run.n_steps)
@@ -527,8 +515,7 @@ def main():
             run.step += 1
             if timed:
                 line = log_step(run, share, line)
-            elif time.time() - shown > 0.2:
-                shown = time.time()
+            else:
                 show(where(run))
             asked_to_stop, due = vote(run)
             if asked_to_stop:
@@ -536,7 +523,7 @@ def main():
             if due:
                 save(run)
         end_epoch(run, began)
-    run.log(run.ended or f"finished in {duration(time.time() - run.began)}")
+    run.log(run.ended or f"finished epoch {run.epoch} after {duration(time.monotonic() - run.began)}")
     run.log(f"measure it on the test set with python evaluate.py --out {args.out}")
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -550,20 +537,20 @@ def plan(args):
     n, classes, source = 1281167, 1000, "ImageNet's, since no folder is here"
     try:
         images = data.load(args.data, args.data_dir, True, args.res)
-        n, classes = len(data.hold_out(images.n, args.limit, args.holdout)[0]), len(images.classes)
-        source = "counted"
+        n, classes, source = images.n, len(images.classes), "counted"
     except SystemExit:
         if args.data != "imagenet":
             raise
-    n_steps, small_input = -(-n // args.batch_size), args.data != "imagenet"
+    n = len(data.hold_out(n, args.limit, args.holdout)[0])
+    n_steps = -(-n // args.batch_size)
 
     with torch.device("meta"):
-        n_parameters, forward, activations = count(network(args, classes, small_input), args.res)
+        n_parameters, forward, activations = count(network(args, classes), args.res)
     activations *= 0.5 if args.dtype in ("bf16", "fp16") else 1.0
     passes = 2 * args.steps + 3  # an attack step is 2, the update 3
 
     # Time one step at the largest size that fits 20 seconds; the first step of all allocates and tunes
-    run, speed = assemble(args, device, 0, 1, classes, small_input), None
+    run, speed = assemble(args, device, 0, 1, classes), None
     for share, batch in ((8, 2), (4, 2), (2, 2), (1, 2), (1, 8), (1, 32)):
         res = args.res // share
         cost = passes * forward * batch * (res / args.res) ** 2
@@ -580,7 +567,7 @@ def plan(args):
     for what, text in (
         ("network", f"{args.arch} {args.act} at {args.res} px, {n_parameters / 1e6:.1f}M parameters, "
                     f"{forward / 1e9:.2f} GFLOPs forward an image"),
-        ("data", f"{n} images, {classes} classes ({source})"),
+        ("data", f"{n} images to train on, {classes} classes ({source})"),
         ("step", f"{step / 1e12:.1f} TFLOPs; PGD-{args.steps} and the update are {passes} forwards"),
         ("run", f"{args.epochs} epochs x {n_steps} steps x {args.batch_size} images = "
                 f"{total * args.batch_size / 1e6:.1f}M images, {total * step / 1e18:.3g} EFLOPs"),
