@@ -85,8 +85,11 @@ def get_args(argv=None):
 
 # The machine
 
-def open_device(name):
+def open_device(name, dtype="fp32"):
     """Where this process runs -> device, torchrun's rank and world (0 and 1 without it)."""
+    torch.backends.cudnn.benchmark = True  # few shapes, many times
+    # Backward passes run outside of `precision`, and torch's default would let cuDNN's round
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     known = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, **os.environ}
@@ -234,7 +237,7 @@ def find_run(args):
         run = {"data": args.data or "imagenet"}
     if args.data not in (None, run["data"]):  # other data has its own folder and resolution
         run.update(data_dir=None, res=None)
-    names = ("data", "data_dir", "arch", "act", "act_alpha", "bn_eps", "res", "classes", "small_input")
+    names = "data data_dir arch act act_alpha bn_eps res classes small_input commit torch".split()
     flags = vars(args)
     run = {name: run.get(name) if flags.get(name) is None else flags[name] for name in names}
     run = SimpleNamespace(**run, weights=Path(args.weights or folder / "model.pt"))
@@ -282,13 +285,11 @@ def measure_autoattack(job, ledger, members):
     for name in ATTACKS[job.attack]:
         left = torch.tensor([i for i in members if (i, name) not in ledger.lines], dtype=torch.long)
         began, done = time.monotonic(), 0
-
-        def tick(_, step, steps, n_undecided):
-            progress(began, done + len(x) * step / steps, len(left), f"{name} ")
-
         for index, x, y in data.eval_batches(job.images, left, job.slots, job.workers, job.device):
             _, report = autoattack(
-                job.model, x, y, job.eps / 255, index, job.seed, job.exact, (name,), tick,
+                job.model, x, y, job.eps / 255, index, job.seed, job.exact, (name,),
+                lambda _, step, steps, n_left: progress(
+                    began, done + len(x) * step / steps, len(left), f"{name} "),
                 loss_scale=job.loss_scale)
             rows = zip(index.tolist(), y.tolist(), report["clean"].tolist(), report["forwards"].tolist())
             for (i, label, guess, forwards), by in zip(rows, report["fooled_by"]):
@@ -320,8 +321,7 @@ def report_lines(r):
         yield (f"PGD-{r['steps']}, eps {r['eps']:g}, step {r['step_size']:g}, restarts {r['restarts']}, "
                f"seed {r['seed']}, {r['dtype']}, verdict of {protocol}")
     else:
-        attacks = ", ".join(r["attacks"])
-        yield f"{r['attack']} ({attacks}), eps {r['eps']:g}, seed {r['seed']}, {r['dtype']}"
+        yield f"{r['attack']}, eps {r['eps']:g}, seed {r['seed']}, {r['dtype']}"
     yield line("clean", r["n_correct"], r["n"])
     yield line("robust", r["n_robust"], r["n"])
     if r["attack"] == "pgd":
@@ -342,7 +342,7 @@ def report_lines(r):
 def main():
     args = get_args()
     run = find_run(args)
-    device, rank, world = open_device(args.device)
+    device, rank, world = open_device(args.device, args.dtype)
     eps, step_size, steps = (default if given is None else given for given, default in
                              zip((args.eps, args.step_size, args.steps), PGD[run.data]))
     if min(eps, steps) < 0 or (steps and step_size <= 0):
@@ -376,7 +376,7 @@ def main():
         say(f"going on from {before} lines in {ledger.file.name}; --fresh starts over")
 
     listen()
-    began, extra = time.monotonic(), {}
+    began = time.monotonic()
     try:
         if args.attack == "pgd":
             counts = summed(measure_pgd(job, ledger, members), device)
@@ -386,7 +386,7 @@ def main():
             attacks = {name: {"fooled": k, "forwards": f, "seconds": s} for name, k, f, s in zip(
                 ATTACKS[args.attack], counts.pop("fooled"), counts.pop("forwards_by"), seconds)}
             warnings += doubts(counts["n"], {name: a["fooled"] for name, a in attacks.items()})
-            extra = {"attacks": attacks, "warnings": warnings}
+            counts.update(attacks=attacks, warnings=warnings)
     except Stopped:
         say(f"stopped after {len(ledger.lines) - before} lines of the ledger; the same command goes on")
         raise SystemExit(75)
@@ -394,10 +394,10 @@ def main():
     paper = PAPER.get((run.arch, run.act, run.res)) if len(images.classes) == 1000 and eps == 4 else None
     report = {
         "weights": str(run.weights), "hash": digest,
-        **{name: vars(run)[name] for name in ("data", "arch", "act", "act_alpha", "res")},
+        **{name: vars(run)[name] for name in "commit torch data arch act act_alpha res".split()},
         **{name: vars(job)[name] for name in ("attack", "eps", "step_size", "steps", "restarts", "seed",
                                               "last_iterate", "smooth_backward", "dtype")},
-        **counts, **extra, "paper": paper, "interval": wilson(counts["n_robust"], counts["n"]),
+        **counts, "paper": paper, "interval": wilson(counts["n_robust"], counts["n"]),
         "seconds": round(time.monotonic() - began, 1), "processes": world, "device": device_name(device)}
     if rank == 0:
         if len(ledger.lines) == before and ledger.report.exists():  # nothing was left to do

@@ -335,16 +335,16 @@ LOSS_SCALE = {"fp16": 128.0}  # of an attack, 1 elsewhere; the released code's
 @contextlib.contextmanager
 def precision(dtype, device):
     """What runs inside runs in fp32 (TF32 off), tf32, or under bf16 or fp16 autocast."""
-    knobs = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [knob.fp32_precision for knob in knobs]
+    knobs = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [knob.allow_tf32 for knob in knobs]  # not the newer names: the compiler reads these
     for knob in knobs:
-        knob.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+        knob.allow_tf32 = dtype == "tf32"
     try:
         with torch.autocast(device.type, AUTOCAST.get(dtype), enabled=dtype in AUTOCAST):
             yield
     finally:
         for knob, was in zip(knobs, before):
-            knob.fp32_precision = was
+            knob.allow_tf32 = was
 
 
 def in_precision(net, dtype, device):

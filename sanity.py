@@ -26,7 +26,7 @@ import train
 from activations import ACTIVATIONS, make_act
 from attacks import START, autoattack, cross_entropy, input_gradient, pgd, pgd_queue, uniform
 from evaluate import PAPER, PGD, progress, say, wilson
-from models import attacker_view, in_precision, precision
+from models import attacker_view, in_precision
 
 # Drawing: one figure, one way to draw an axis
 
@@ -462,7 +462,7 @@ def step_cost(run, index, x):
 
 def cost(args):
     first, runs, rounds, began = train.get_args(args.rest), {}, [], time.monotonic()
-    device, _, _ = evaluate.open_device(first.device)
+    device, _, _ = evaluate.open_device(first.device, first.dtype)
     for c, act, k in itertools.product(range(1 + first.compile), args.acts, args.pgd):
         run = argparse.Namespace(**vars(first) | dict(act=act, steps=k, compile=c, lr=1e-9))
         runs[act, k, c] = train.assemble(run, device, 0, 1, 1000)
@@ -510,8 +510,7 @@ def main():
     args = get_args()
     evaluate.listen()
     try:
-        with precision("fp32", torch.device("cpu")):  # TF32 is off, whatever runs inside
-            globals()[args.command](args)
+        globals()[args.command](args)
     except evaluate.Stopped:
         raise SystemExit(75)
 

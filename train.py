@@ -337,7 +337,7 @@ def assemble(args, device, rank, world, num_classes, weights=None):
 
 def set_up(args):
     """Data, folder, network, and all of it as the last checkpoint left it -> namespace."""
-    device, rank, world = open_device(args.device)
+    device, rank, world = open_device(args.device, args.dtype)
     check(args, world)
     if args.download and rank == 0:
         data.load(args.data, args.data_dir, True, args.res, download=True)
@@ -533,7 +533,7 @@ def main():
 
 def plan(args):
     """Say what a run is made of and how long it takes: one step is timed, the rest is arithmetic."""
-    device, _, _ = open_device(args.device)
+    device, _, _ = open_device(args.device, args.dtype)
     n, classes, source = 1281167, 1000, "ImageNet's, since no folder is here"
     try:
         images = data.load(args.data, args.data_dir, True, args.res)
