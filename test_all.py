@@ -684,7 +684,7 @@ class TestEvaluate(unittest.TestCase):
                 self.assertEqual(set(seen), {tf32})
 
     def test_a_report_counts_what_a_plain_loop_counts(self):
-        index, x, y = next(data.eval_batches(data.load("shapes", train=False), data.subset(1000, 40), 40))
+        index, x, y = next(data.eval_batches(data.load("shapes", "", False), data.subset(1000, 40), 40))
         net = build("resnet8", num_classes=10, small_input=True)
         load_weights(net, a_run() / "model.pt")
         for flags, restarts in ("none", 2), ("attacker", 1), ("none --last-iterate", 1):
