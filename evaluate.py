@@ -3,14 +3,12 @@ Measure clean and robust accuracy, exactly.
 
 After `python train.py ...`, with no other flag:
 $ python evaluate.py --steps 200 --eps 4
-The number to quote, and the paper's protocol on 8 GPUs with any state dict:
+The number to quote, and the protocol of SAT (arXiv:2006.14536) on 8 GPUs with any state dict:
 $ python evaluate.py --attack autoattack
 $ torchrun --nproc_per_node=8 evaluate.py --last-iterate --weights FILE --arch resnet50 --act silu
 
 An image counts as robust only if no iterate of any restart fools the model. Its verdict depends on the
 weights, the attack and (seed, index, restart): not on batch size, order or the number of processes.
-
-Keys: SAT is arXiv:2006.14536.
 """
 import argparse
 import fcntl
@@ -87,6 +85,7 @@ def get_args(argv=None):
 
 def open_device(name, dtype="fp32"):
     """Where this process runs -> device, torchrun's rank and world (0 and 1 without it)."""
+    torch.set_flush_denormal(True)  # the tail of a smooth curve underflows, and there a CPU crawls
     torch.backends.cudnn.benchmark = True  # few shapes, many times
     # Backward passes run outside of `precision`, and torch's default would let cuDNN's round
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
