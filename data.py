@@ -278,7 +278,7 @@ class Files(Dataset):
         broken, picture = [], None
         while picture is None:
             try:
-                picture = to_rgb(Image.open(self.paths[index]))
+                picture = to_rgb(Image.open(str(self.paths[index])))
             except Exception as error:  # Pillow raises half a dozen kinds for a damaged file
                 broken.append(f"{self.paths[index]} ({error})")
                 if self.seed is None or len(broken) == 100:
