@@ -2,7 +2,8 @@
 The adversary: L-infinity attacks as pure functions on pixels.
 
 `model` is any callable from images (N, 3, H, W) in [0, 1] to logits (N, K); nothing here knows more.
-No attack switches its mode, asks for a gradient of its weights or touches the global random state.
+No attack switches its mode or asks for a gradient of its weights; none but `pgd` without `noise` touches
+the global random state.
 
 >>> x_adv = pgd(net.eval(), x, y, eps=8 / 255, step_size=2 / 255, steps=50)
 >>> x_adv, report = autoattack(net.eval(), x, y, eps=8 / 255, index=torch.arange(len(x)))

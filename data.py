@@ -152,7 +152,6 @@ def draw_shapes(n, res, train):
             own = y[index] == c
             edge[own] = distance(a[own], b[own])
         inside = (0.5 - edge * size * res / 2).clamp(0, 1)  # an edge one pixel wide, not jagged
-
         hue = 2 * math.pi * (k + 0.4 * u[9] - 0.2)
         tint = 1 + 0.5 * torch.cos(hue - 2 * math.pi / 3 * torch.arange(3)[:, None, None, None])
         ground = 0.15 + 0.2 * u[10:13] + 0.1 * (a * (u[5] - 0.5) + b * (u[6] - 0.5))
@@ -297,7 +296,7 @@ def collate(items):
 
 def loader_processes(workers, name, world):
     """--workers, or as many as the cores allow each process; data in memory needs none."""
-    cores = len(os.sched_getaffinity(0)) // world
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world))
     usual = max(1, min(12, cores - 1)) if name == "imagenet" else 0
     return usual if workers is None else workers
 
@@ -318,7 +317,8 @@ def from_files(files, plan, workers, device):
             if index is None:
                 raise SystemExit(f"cannot read {broken[-1]}; mend it: without it the score is another")
             files.images.broken += broken
-            yield index.to(device), x.to(device, non_blocking=True).float().div_(255), y.to(device)
+            index, x, y = (t.to(device, non_blocking=True) for t in (index, x, y))
+            yield index, x.float().div_(255), y
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -7,8 +7,8 @@ The number to quote, and the protocol of SAT (arXiv:2006.14536) on 8 GPUs with a
 $ python evaluate.py --attack autoattack
 $ torchrun --nproc_per_node=8 evaluate.py --last-iterate --weights FILE --arch resnet50 --act silu
 
-An image counts as robust only if no iterate of any restart fools the model. Its verdict depends on the
-weights, the attack and (seed, index, restart): not on batch size, order or the number of processes.
+An image counts as robust only if no iterate of any restart fools the model. Its starts depend on (seed,
+index, restart) alone, its verdict, rounding aside, on no batch size, order or number of processes.
 """
 import argparse
 import fcntl
@@ -86,16 +86,15 @@ def get_args(argv=None):
 def open_device(name, dtype="fp32"):
     """Where this process runs -> device, torchrun's rank and world (0 and 1 without it)."""
     torch.set_flush_denormal(True)  # the tail of a smooth curve underflows, and there a CPU crawls
-    torch.backends.cudnn.benchmark = True  # few shapes, many times
     # Backward passes run outside of `precision`, and torch's default would let cuDNN's round
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(name, name)
     known = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, **os.environ}
     rank, world, local = (int(known[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise SystemExit(f"--device {name} is not here; use cpu, or auto")
-    device = torch.device(f"cuda:{local}" if name == "cuda" else name)
+    name = f"cuda:{local}" if name == "cuda" else name
+    if name not in ("cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))):
+        raise SystemExit(f"--device {name} is not here; use cpu, or auto, or fewer processes")
+    device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():  # ranks may finish an evaluation hours apart
@@ -203,7 +202,7 @@ class Ledger:
         self.file = open(folder / f"{name}.{rank}.jsonl", "a+", buffering=1)
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise SystemExit(f"another evaluate.py writes {self.file.name}; wait for it, or stop it")
         self.file.seek(0)
         whole = self.file.read().rpartition("\n")[0]
@@ -236,10 +235,10 @@ def find_run(args):
         run = {"data": args.data or "imagenet"}
     if args.data not in (None, run["data"]):  # other data has its own folder and resolution
         run.update(data_dir=None, res=None)
+    recipe = [run.get(name) for name in ("epochs", "steps", "eps", "smooth_backward", "enhanced")]
     names = "data data_dir arch act act_alpha bn_eps res classes small_input commit torch".split()
-    flags = vars(args)
-    run = {name: run.get(name) if flags.get(name) is None else flags[name] for name in names}
-    run = SimpleNamespace(**run, weights=Path(args.weights or folder / "model.pt"))
+    run = {name: run.get(name) if vars(args).get(name) is None else vars(args)[name] for name in names}
+    run = SimpleNamespace(**run, weights=Path(args.weights or folder / "model.pt"), recipe=recipe)
     run.res = run.res or (MODELS[run.arch].res if run.data == "imagenet" and run.arch in MODELS else 32)
     return run
 
@@ -344,7 +343,7 @@ def main():
     device, rank, world = open_device(args.device, args.dtype)
     eps, step_size, steps = (default if given is None else given for given, default in
                              zip((args.eps, args.step_size, args.steps), PGD[run.data]))
-    if min(eps, steps) < 0 or (steps and step_size <= 0):
+    if not min(eps, steps) >= 0 or (steps and not step_size > 0):
         raise SystemExit(f"--eps {eps:g} --steps {steps} --step-size {step_size:g} is no attack; eps "
                          "and steps are 0 or more, and steps need a step size above 0")
     if args.restarts < 1 or (args.last_iterate and args.restarts > 1):
@@ -390,7 +389,8 @@ def main():
         say(f"stopped after {len(ledger.lines) - before} lines of the ledger; the same command goes on")
         raise SystemExit(75)
 
-    paper = PAPER.get((run.arch, run.act, run.res)) if len(images.classes) == 1000 and eps == 4 else None
+    theirs = run.act_alpha is None and run.recipe in ([100, 1, 4, "none", False], [None] * 5)
+    paper = PAPER.get((run.arch, run.act, run.res)) if theirs and (eps, images.n) == (4, 50000) else None
     report = {
         "weights": str(run.weights), "hash": digest,
         **{name: vars(run)[name] for name in "commit torch data arch act act_alpha res".split()},
@@ -402,7 +402,8 @@ def main():
         if len(ledger.lines) == before and ledger.report.exists():  # nothing was left to do
             old = json.loads(ledger.report.read_text())
             report = old if old["n"] == report["n"] else report
-        ledger.report.write_text(json.dumps(report))
+        (part := ledger.report.with_suffix(".part")).write_text(json.dumps(report))
+        part.replace(ledger.report)
         for text in report_lines(report):
             say(text)
         if args.json:

@@ -308,7 +308,7 @@ def averaged(net):
     """torch's running average of weights and buffers, with decay min(0.9999, (1 + t) / (10 + t))."""
     def average(means, news, _):
         if means[0].is_floating_point():
-            t = int(ema.n_averaged)  # on the CPU: no wait for the device
+            t = int(ema.n_averaged)
             torch._foreach_lerp_(means, news, 1 - min(0.9999, (1 + t) / (10 + t)))
         else:
             torch._foreach_copy_(means, news)

@@ -146,7 +146,6 @@ def surface_3d(fig, x, y, size, z, lo, hi, unit, labels):
     def place(a, b, c):  # a and b from -1 to 1, c from 0 to 1
         across, depth = 0.75 * a - 0.66 * b, 0.66 * a + 0.75 * b
         return np.stack([x + size * across, y - size * (0.42 * depth + 1.1 * c)], -1)
-
     n, c = len(z) - 1, (z - lo) / (hi - lo)
     points = place(np.linspace(-1, 1, n + 1)[:, None], np.linspace(-1, 1, n + 1), c) * fig.fine
     slope_a, slope_b = np.gradient(c, 2 / n)
@@ -185,7 +184,7 @@ def activations(args):
     x = torch.randn(2**17 if device.type == "cpu" else 2**24, device=device, requires_grad=True)
     acts = [make_act(name).to(device) for name in ACTIVATIONS]
     costs = np.median([[act_cost(act, x) for act in acts] for _ in range(103)][2:], axis=0)  # 2 warm up
-    say(f"on {device}    class  jump of f'(0)  largest f''  saved bytes  forward  backward (ReLU: 1)")
+    say(f"{f'on {device}':<11}class  jump of f'(0)  largest f''  saved bytes  forward  backward")
     around = torch.cat([torch.tensor([-1e-9, 1e-9]), torch.linspace(-6, 6, 12001)]).double()
     for name, (forward, backward, saved) in zip(ACTIVATIONS, costs / (*costs[0, :2], 1)):
         _, slope, curvature = derivatives(make_act(name), around)
@@ -221,14 +220,15 @@ def scatter(args):
     for path in map(Path, args.rest):
         r = json.loads(path.read_text()) if path.exists() else {}
         if "n_robust" not in r:
-            raise SystemExit(f"{path} is not a report; give files that evaluate.py --json wrote")
+            say(f"{path} is no report of evaluate.py --json: left out")
+            continue
         attack = {"pgd": f"PGD-{r.get('steps')}"}.get(r["attack"], r["attack"])
         last = ", last iterate" * r.get("last_iterate", False)
         panel = panels.setdefault(f"{r['data']}, {attack}{last}, eps {r['eps']:g}/255", {})
-        panel[r["arch"], r["act"], r["res"], True] = 100 * np.array(
+        panel[r["arch"], r["act"], r["res"], str(path)] = 100 * np.array(
             [(k / r["n"], *wilson(k, r["n"])) for k in (r["n_robust"], r["n_correct"])])
         if (r["data"], r["eps"]) == ("imagenet", 4):
-            panel.update({(*key, False): [[p[1]] * 3, [p[0]] * 3] for key, p in PAPER.items() if p[0]})
+            panel.update({(*key, ""): [[p[1]] * 3, [p[0]] * 3] for key, p in PAPER.items() if p[0]})
     fig = Figure(540 * len(panels) + 300, max(560, 60 + 20 * sum(map(len, panels.values()))), args.scale)
     for title, panel in panels.items():
         xs, ys = (np.ravel([rates[i] for rates in panel.values()]) for i in (0, 1))
@@ -466,7 +466,7 @@ def cost(args):
     for c, act, k in itertools.product(range(1 + first.compile), args.acts, args.pgd):
         run = argparse.Namespace(**vars(first) | dict(act=act, steps=k, compile=c, lr=1e-9))
         runs[act, k, c] = train.assemble(run, device, 0, 1, 1000)
-    n = first.batch_size if "--batch-size" in args.rest else 32 if device.type == "cpu" else 128
+    n = first.batch_size if "--batch-size" in str(args.rest) else 32 if device.type == "cpu" else 128
     index, x = torch.arange(n, device=device), torch.rand(n, 3, first.res, first.res, device=device)
     while len(rounds) < 2 + args.rounds:  # all kinds in turn; the first two rounds warm up
         progress(began, len(rounds) * n * len(runs), (2 + args.rounds) * n * len(runs), "steps on ")
@@ -490,7 +490,8 @@ def cost(args):
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter,
+                                allow_abbrev=False)  # --act is another script's, not our --acts
     p.add_argument("command", choices="report landscape gallery activations curves scatter cost".split())
     p.add_argument("--surrogate", help="report: a second net's folder or file, whose attacks are tried")
     p.add_argument("--normal", help="report: a normally trained net's folder or file; it has to fall")

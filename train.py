@@ -57,7 +57,7 @@ PROGRESS = "epoch", "step", "ended", "best", "best_epoch", "top", "skipped"  # i
 # may differ on --resume
 FREE = "out", "resume", "workers", "device", "log_every", "save_every", "download", "plan"
 # torch 2.15 renames the argument, 2.11 does not know the new name
-warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
+warnings.filterwarnings("ignore", message=".*broadcast_buffers.*|.*barrier.*")
 
 
 def get_args(argv=None):
@@ -138,11 +138,13 @@ def check(args, world):
         (min(args.eps, args.steps) < 0, f"--eps {args.eps:g} --steps {args.steps}; use 0 or more"),
         (args.steps > 0 and args.step_size <= 0, f"--step-size {args.step_size:g} is no attack; use "
          f"--step-size {args.eps or 4:g}, or --steps 0 for normal training"),
-        (not 0 <= args.clean_start <= 1, f"--clean-start {args.clean_start:g} is a share; use 0 to 1"),
+        *((not 0 <= vars(args)[k] <= 1, f"--{k.replace('_', '-')} {vars(args)[k]:g}: use 0 to 1")
+          for k in ("clean_start", "dropout", "stochastic_depth", "label_smoothing")),
         (min(args.epochs, args.val_every, args.log_every) < 1, f"--epochs {args.epochs} --val-every "
          f"{args.val_every} --log-every {args.log_every}; use 1 or more"),
         ((args.limit or 2) < 2, f"--limit {args.limit} is no training set; use 2 or more"),
-        (args.lr <= 0 or args.wd < 0, f"--lr {args.lr:g} --wd {args.wd:g}; use --lr > 0, --wd >= 0"),
+        (not args.lr > 0, f"--lr {args.lr:g} trains nothing; use more than 0"),
+        (min(args.wd, args.warmup_epochs) < 0, "--wd and --warmup-epochs need 0 or more"),
         (args.early_stop and not args.holdout, "--early-stop needs held-out images; use --holdout 1000"),
     ):
         if bad:
@@ -203,7 +205,7 @@ def train_step(run, index, x, y, timed):
             logits = logits.float()
             loss = F.cross_entropy(logits, y_part, label_smoothing=args.label_smoothing)
             run.scaler.scale(loss * len(y_part) / len(y)).backward()
-        with torch.no_grad():  # what the paper reports: unsmoothed loss and error on the attacked batch
+        with torch.no_grad():  # what is logged: unsmoothed loss and error on the attacked batch
             plain = F.cross_entropy(logits, y_part, reduction="sum")
             run.sums += torch.stack([
                 plain.nan_to_num(0, 0, 0), (logits.argmax(1) != y_part).sum().float(),
@@ -224,7 +226,7 @@ def validate(run, net):
     args, held = run.args, run.held[run.rank::run.world]
     exact = in_precision(attacker_view(net), "fp32", run.device)
     model = exact if args.dtype == "fp32" else in_precision(attacker_view(net), args.dtype, run.device)
-    slots = min(250, args.batch_size // run.world)
+    slots = min(250, max(1, args.batch_size // (run.world * args.accum)))
     batches = data.eval_batches(run.images, held, slots, run.workers, run.device)
     began, lines = time.monotonic(), []
     for line in pgd_queue(
@@ -318,6 +320,7 @@ def assemble(args, device, rank, world, num_classes, weights=None):
     if weights:
         net.load_state_dict(weights)
     view = attacker_view(net, args.smooth_backward in ("attacker", "both"), args.attack_bn == "batch")
+    torch._dynamo.config.recompile_limit = 64  # all views and batch shapes share one `forward`
     compiled = partial(torch.compile, dynamic=False) if args.compile else lambda module: module
     trainee = compiled(net.train())
     if world > 1:
@@ -360,6 +363,8 @@ def set_up(args):
     run = assemble(args, device, rank, world, num_classes, state and state["model"])
     if state:
         run.optimizer.load_state_dict(state["optimizer"])
+        for p, kept in run.optimizer.state.items():  # strides differ between a CPU and a GPU
+            kept["momentum_buffer"] = torch.empty_like(p).copy_(kept["momentum_buffer"])
         run.scaler.load_state_dict(state["scaler"])
         if run.ema:
             run.ema.load_state_dict(state["ema"])
@@ -427,10 +432,6 @@ def name_unreadable(run):
     run.images.broken.clear()
 
 
-def where(run):
-    return f"epoch {run.epoch + 1:3d}/{run.args.epochs} | step {run.step:5d}/{run.n_steps}"
-
-
 def log_step(run, share, line):
     """One line, over all ranks since `line`, the (sums, time) of the one before -> the new `line`."""
     args, total, now = run.args, all_ranks(run.sums), time.monotonic()
@@ -441,10 +442,10 @@ def log_step(run, share, line):
     n_done = run.epoch * run.n_steps + run.step
     eta = (now - run.began) / (n_done - run.began_at) * (args.epochs * run.n_steps - n_done)
     run.log(
-        f"{where(run)} | loss {loss / n:7.4f} | adv {100 - 100 * errors / n:5.2f}% | lr {lr:.4f} | "
-        f"{speed:5.0f} img/s | attack {100 * share:2.0f}% | eta {duration(eta)}", kind="step",
-        epoch=run.epoch + 1, step=run.step, loss=loss / n, error=errors / n, lr=lr, speed=speed,
-        attack_share=share)
+        f"epoch {run.epoch + 1:3d}/{args.epochs} | step {run.step:5d}/{run.n_steps} | "
+        f"loss {loss / n:7.4f} | adv {100 - 100 * errors / n:5.2f}% | lr {lr:.4f} | {speed:5.0f} img/s "
+        f"| attack {100 * share:2.0f}% | eta {duration(eta)}", kind="step", epoch=run.epoch + 1,
+        step=run.step, loss=loss / n, error=errors / n, lr=lr, speed=speed, attack_share=share)
     return total, now
 
 
@@ -481,10 +482,9 @@ def end_epoch(run, began):
         if args.early_stop and run.top - raw > 0.2:
             run.ended = (f"stopped early: robust accuracy fell from {run.top:.1%} to {raw:.1%}, "
                          f"catastrophic overfitting; model.pt is best.pt, from epoch {run.best_epoch}")
-    if run.rank == 0 and better:
-        save_file(run.out / "best.pt", kept)
-    if run.rank == 0 and (better or not args.early_stop):
-        save_file(run.out / "model.pt", kept)
+    for name, due in (("best.pt", better), ("model.pt", better or not args.early_stop)):
+        if run.rank == 0 and due:
+            save_file(run.out / name, kept)
     save(run)
 
 
@@ -493,10 +493,9 @@ def main():
     if args.plan:
         return plan(args)
     run = set_up(args)
-    n_parameters = sum(p.numel() for p in run.net.parameters())
-    run.log(f"{args.arch} {args.act}, {n_parameters / 1e6:.2f}M parameters; {args.data}, "
-            f"{len(run.members)} images, {len(run.held)} held out; {run.n_steps} steps of "
-            f"{min(args.batch_size, len(run.members))}; {args.dtype} on {run.world} "
+    n, size = len(run.members), sum(p.numel() for p in run.net.parameters()) / 1e6
+    run.log(f"{args.arch} {args.act}, {size:.2f}M parameters; {args.data}, {n} images, {len(run.held)} "
+            f"held out; {run.n_steps} steps of {min(args.batch_size, n)}; {args.dtype} on {run.world} "
             f"{device_name(run.device)}")
     if run.epoch or run.step:
         run.log(f"going on at epoch {run.epoch + 1}, step {run.step}")
@@ -516,7 +515,7 @@ def main():
             if timed:
                 line = log_step(run, share, line)
             else:
-                show(where(run))
+                show(f"epoch {run.epoch + 1}/{args.epochs} | step {run.step}/{run.n_steps}")
             asked_to_stop, due = vote(run)
             if asked_to_stop:
                 stop(run)
@@ -534,6 +533,7 @@ def main():
 def plan(args):
     """Say what a run is made of and how long it takes: one step is timed, the rest is arithmetic."""
     device, _, _ = open_device(args.device, args.dtype)
+    check(args, 1)
     n, classes, source = 1281167, 1000, "ImageNet's, since no folder is here"
     try:
         images = data.load(args.data, args.data_dir, True, args.res)
@@ -543,20 +543,21 @@ def plan(args):
             raise
     n = len(data.hold_out(n, args.limit, args.holdout)[0])
     n_steps = -(-n // args.batch_size)
-
     with torch.device("meta"):
         n_parameters, forward, activations = count(network(args, classes), args.res)
     activations *= 0.5 if args.dtype in ("bf16", "fp16") else 1.0
     passes = 2 * args.steps + 3  # an attack step is 2, the update 3
 
-    # Time one step at the largest size that fits 20 seconds; the first step of all allocates and tunes
-    run, speed = assemble(args, device, 0, 1, classes), None
+    # Time one step at the largest size that fits 20 seconds and the GPU; first steps allocate, compile
+    run, speed = assemble(argparse.Namespace(**vars(args) | {"accum": 1}), device, 0, 1, classes), None
     for share, batch in ((8, 2), (4, 2), (2, 2), (1, 2), (1, 8), (1, 32)):
         res = args.res // share
         cost = passes * forward * batch * (res / args.res) ** 2
-        if res >= 32 and (speed is None or cost / speed < 20):
+        need = 2 * activations * batch / share**2
+        fits = device.type == "cpu" or need < torch.cuda.mem_get_info(device)[0]
+        if res >= 32 and (speed is None or fits and cost / speed < 20):
             y = torch.zeros(batch, dtype=torch.long, device=device)
-            for _ in range(2 if speed is None else 1):
+            for _ in range(2 if speed is None or args.compile else 1):
                 began = clock(device, True)
                 train_step(run, y, torch.rand(batch, 3, res, res, device=device), y, False)
                 seconds = clock(device, True) - began
