@@ -184,7 +184,7 @@ def activations(args):
     x = torch.randn(2**17 if device.type == "cpu" else 2**24, device=device, requires_grad=True)
     acts = [make_act(name).to(device) for name in ACTIVATIONS]
     costs = np.median([[act_cost(act, x) for act in acts] for _ in range(103)][2:], axis=0)  # 2 warm up
-    say(f"{f'on {device}':<11}class  jump of f'(0)  largest f''  saved bytes  forward  backward")
+    say(f"{f'on {device}':<11}class  jump of f'(0)  largest f''  saved bytes fwd/ReLU  bwd/ReLU")
     around = torch.cat([torch.tensor([-1e-9, 1e-9]), torch.linspace(-6, 6, 12001)]).double()
     for name, (forward, backward, saved) in zip(ACTIVATIONS, costs / (*costs[0, :2], 1)):
         _, slope, curvature = derivatives(make_act(name), around)
