@@ -330,8 +330,7 @@ def report_lines(r):
                f"{a['forwards']} forwards, {duration(a['seconds'])}")
     yield (f"cost      {r['forwards']} forwards, {duration(r['seconds'])} on {r['processes']} x "
            f"{r['device']}")
-    for warning in r.get("warnings", []):
-        yield f"warning   {warning}"
+    yield from (f"warning   {warning}" for warning in r.get("warnings", []))
     if r["paper"]:
         clean, robust = ("-" if v is None else f"{v}%" for v in r["paper"])
         yield f"paper     clean {clean}, robust {robust} (PGD-200, step 1, last iterate, 50,000 images)"
@@ -407,6 +406,7 @@ def main():
         for text in report_lines(report):
             say(text)
         if args.json:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
             Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
     if dist.is_initialized():
         dist.destroy_process_group()
