@@ -216,7 +216,7 @@ def curves(args):
 
 def scatter(args):
     """A panel for each attack; a cross is two 95% intervals, a point's number is in the legend."""
-    panels, keys, right = {}, {}, 60
+    panels, keys = {}, {}
     for path in map(Path, args.rest):
         r = json.loads(path.read_text()) if path.exists() else {}
         if "n_robust" not in r:
@@ -229,10 +229,12 @@ def scatter(args):
             [(k / r["n"], *wilson(k, r["n"])) for k in (r["n_robust"], r["n_correct"])])
         if (r["data"], r["eps"]) == ("imagenet", 4):
             panel.update({(*key, ""): [[p[1]] * 3, [p[0]] * 3] for key, p in PAPER.items() if p[0]})
-    fig = Figure(540 * len(panels) + 300, max(560, 60 + 20 * sum(map(len, panels.values()))), args.scale)
-    for title, panel in panels.items():
+    wide, high = min(3, len(panels)), -(-len(panels) // 3)
+    fig = Figure(540 * wide + 300, max(560 * high, 60 + 20 * sum(map(len, panels.values()))), args.scale)
+    for p, (title, panel) in enumerate(panels.items()):
+        left, top = 60 + 540 * (p % 3), 60 + 560 * (p // 3)
         xs, ys = (np.ravel([rates[i] for rates in panel.values()]) for i in (0, 1))
-        place = axes(fig, (right, 60, right + 480, 500), xs, ys, "robust accuracy (%)",
+        place = axes(fig, (left, top, left + 480, top + 440), xs, ys, "robust accuracy (%)",
                      "clean accuracy (%)", f"{title}; disc: ours, ring: SAT's", 0.1)
         taken = [place(x[0], y[0]) for x, y in panel.values()]
         for (*key, ours), (x, y), point in zip(panel, panel.values(), taken[:]):
@@ -243,9 +245,8 @@ def scatter(args):
             room = [min(np.hypot(*(spot - t)) for t in taken) for spot in spots]
             taken.append(spots[np.argmax(np.minimum(room, 12))])  # the nearest with room for a number
             fig.text(*taken[-1], str(keys.setdefault(tuple(key), len(keys) + 1)), "mm", 10)
-        right += 540
     for (arch, act, res), number in keys.items():
-        fig.text(right, 40 + 20 * number, f"{number}  {arch}, {act}, {res} px", "lm")
+        fig.text(540 * wide + 60, 40 + 20 * number, f"{number}  {arch}, {act}, {res} px", "lm")
     fig.save(args.png or Path(args.rest[0]).parent / "scatter.png")
 
 
@@ -474,11 +475,10 @@ def cost(args):
     costs = dict(zip(runs, np.median(rounds[2:], axis=0)))
     say(f"{first.arch}, {first.res} px, {n} images, {first.dtype}, {evaluate.device_name(device)}")
     say("act         PGD  compiled  ms/step  img/s  attack  PGD-0: 1  (FLOPs)  ReLU: 1  peak MiB")
-    for (act, k, c), (seconds, share, memory) in costs.items():
+    for (act, k, c), (seconds, share, memory) in costs.items():  # FLOPs: an attack step 2, the update 3
         plain, relu = (costs.get(kind, [np.nan])[0] for kind in ((act, 0, c), ("relu", k, c)))
-        flops = (2 * k + 3) / 3  # a step of the attack costs 2 forwards, the update 3
         say(f"{act:<11}{k:4}{('no', 'yes')[c]:>10}{1e3 * seconds:9.1f}{n / seconds:7.0f}{share:8.0%}"
-            f"{seconds / plain:10.2f}{flops:9.2f}{seconds / relu:9.2f}{memory:10.0f}")
+            f"{seconds / plain:10.2f}{(2 * k + 3) / 3:9.2f}{seconds / relu:9.2f}{memory:10.0f}")
     try:
         images = data.load(first.data, first.data_dir, True, first.res)
     except SystemExit as reason:

@@ -1037,4 +1037,4 @@ class TestReadme(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    two_ranks() if sys.argv[1:2] == ["two-ranks"] else unittest.main()
+    two_ranks() if sys.argv[1:2] == ["two-ranks"] else unittest.main(warnings="ignore")
