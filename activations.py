@@ -8,6 +8,9 @@ Use one:
 
 Keys: SAT is the paper; equations, sections and tables are numbered as there.
 """
+import math
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -44,13 +47,14 @@ class ReLU(nn.Module):
 
 
 class SmoothReLUFunction(torch.autograd.Function):
-    """Eq. 5 and 6, by hand: only x is kept for the backward pass, and in its own precision."""
+    """Eq. 5 and 6 written by hand, so that only x is kept for the backward pass, in its own precision."""
 
     @staticmethod
     def forward(ctx, x, alpha):
         ctx.save_for_backward(x, alpha)
-        r = F.relu(x).to(alpha.dtype)  # float32: alpha * x leaves float16 at x = 164
-        return (r - torch.log1p(alpha * r) / alpha).to(x.dtype)
+        r = F.relu(x).to(alpha.dtype)  # float32: alpha * x overflows float16 above x = 164
+        value = r - torch.log1p(alpha * r) / alpha
+        return value.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -60,7 +64,8 @@ class SmoothReLUFunction(torch.autograd.Function):
         grad_x = (grad * slope).to(x.dtype)
         grad_alpha = None
         if ctx.needs_input_grad[1]:  # never in the attack
-            grad_alpha = (grad * (torch.log1p(alpha * r) / alpha - r / (1 + alpha * r))).sum() / alpha
+            slope_in_alpha = (torch.log1p(alpha * r) / alpha - r / (1 + alpha * r)) / alpha
+            grad_alpha = (grad * slope_in_alpha).sum()
         return grad_x, grad_alpha
 
 
@@ -73,8 +78,8 @@ class SmoothReLU(nn.Module):
 
     @property
     def alpha(self):
-        wide = torch.promote_types(self.beta.dtype, torch.float32)
-        return self.beta.to(wide).square() + 1e-3  # a hair: beta may cross 0, alpha may not
+        at_least_float32 = torch.promote_types(self.beta.dtype, torch.float32)
+        return self.beta.to(at_least_float32).square() + 1e-3  # beta may cross 0, alpha stays positive
 
     def forward(self, x):
         return SmoothReLUFunction.apply(x, self.alpha)
@@ -83,40 +88,50 @@ class SmoothReLU(nn.Module):
         return f"alpha={self.alpha.item():.4g}"
 
 
-# Above this, torch takes softplus for x: 2e-9 off at its default of 20, nothing in float64 at 40.
-SOFTPLUS_THRESHOLD = 40
+# Above this value torch's softplus returns x: 2e-9 off at its default of 20, exact in float64 at 40
+Softplus = partial(nn.Softplus, threshold=40)
 
-# name: (default alpha, alpha -> a fresh module). None: this curve has no alpha.
+# A new curve is a class here and, if it has an alpha, its default below
 ACTIVATIONS = {
-    "relu": (None, lambda _: ReLU()),
-    "softplus": (None, lambda _: nn.Softplus(threshold=SOFTPLUS_THRESHOLD)),  # Sec. 4.1
-    "psoftplus": (10.0, lambda alpha: nn.Softplus(alpha, SOFTPLUS_THRESHOLD)),  # Eq. 2
-    "silu": (None, lambda _: nn.SiLU()),  # Sec. 4.1
-    "gelu": (None, lambda _: nn.GELU()),  # Sec. 4.1, x Phi(x) exactly
-    "gelu_tanh": (None, lambda _: nn.GELU(approximate="tanh")),  # the released code's GELU
-    "elu": (1.0, nn.ELU),  # Eq. 4; smooth only at alpha 1 (Sec. 4.3)
-    "celu": (1.0, nn.CELU),  # Eq. 8
-    "smoothrelu": (400.0, SmoothReLU),  # Eq. 5
-    "mish": (None, lambda _: nn.Mish()),  # in the released code, not in the paper
+    "relu": ReLU,
+    "softplus": Softplus,  # Sec. 4.1
+    "psoftplus": Softplus,  # Parametric Softplus, Eq. 2
+    "silu": nn.SiLU,  # Sec. 4.1
+    "gelu": nn.GELU,  # Sec. 4.1, x Phi(x) exactly
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),  # the released code's GELU
+    "elu": nn.ELU,  # Eq. 4; smooth only at alpha 1 (Sec. 4.3)
+    "celu": nn.CELU,  # Eq. 8
+    "smoothrelu": SmoothReLU,  # Eq. 5
+    "mish": nn.Mish,  # in the released code, not in the paper
+}
+
+DEFAULT_ALPHA = {
+    "psoftplus": 10.0,  # Sec. 3.2
+    "elu": 1.0,  # Eq. 4
+    "celu": 1.0,  # Eq. 8
+    "smoothrelu": 400.0,  # Sec. 4.2, where its learnable alpha starts
 }
 
 
 def make_act(name, alpha=None, smooth_backward=False):
-    """One fresh activation module, never in place. alpha: its sharpness, None for the paper's value.
+    """One fresh activation module, never in place. alpha: its sharpness; None for the paper's value.
 
     SystemExit for an unknown name, an alpha that is not positive or that the curve does not have, and a
     smooth backward pass (Sec. 3.2) with anything but relu.
     """
     if name not in ACTIVATIONS:
         raise SystemExit(f"--act {name} is unknown; use one of {', '.join(ACTIVATIONS)}")
-    default, make = ACTIVATIONS[name]
-    if alpha is not None and default is None:
-        having = ", ".join(n for n, (a, _) in ACTIVATIONS.items() if a is not None)
-        raise SystemExit(f"--act {name} has no --act-alpha; drop it, or use one of {having}")
-    if alpha is not None and not 0 < alpha < float("inf"):
-        raise SystemExit(f"--act-alpha {alpha:g} is not positive; the paper has {default:g} for {name}")
     if smooth_backward and name != "relu":
-        raise SystemExit(f"--smooth-backward is for ReLU, {name} has its own gradient; use --act relu")
+        raise SystemExit(f"--smooth-backward replaces ReLU's gradient, {name} has its own; use --act relu")
+    if alpha is None:
+        alpha = DEFAULT_ALPHA.get(name)
+    elif name not in DEFAULT_ALPHA:
+        raise SystemExit(f"--act {name} has no alpha; drop --act-alpha, or use {', '.join(DEFAULT_ALPHA)}")
+    elif not 0 < alpha < math.inf:
+        raise SystemExit(f"--act-alpha {alpha:g} is not positive; the paper has {DEFAULT_ALPHA[name]:g}")
+
     if smooth_backward:
         return ReLU(smooth_backward=True)
-    return make(default if alpha is None else float(alpha))
+    if alpha is None:
+        return ACTIVATIONS[name]()
+    return ACTIVATIONS[name](alpha)
