@@ -47,7 +47,7 @@ class ReLU(nn.Module):
 
 
 class SmoothReLUFunction(torch.autograd.Function):
-    """Eq. 5 and 6 written by hand, so that only x is kept for the backward pass, in its own precision."""
+    """Eq. 5 and 6 by hand, so that only x is kept for the backward pass, in its own precision."""
 
     @staticmethod
     def forward(ctx, x, alpha):
@@ -122,11 +122,12 @@ def make_act(name, alpha=None, smooth_backward=False):
     if name not in ACTIVATIONS:
         raise SystemExit(f"--act {name} is unknown; use one of {', '.join(ACTIVATIONS)}")
     if smooth_backward and name != "relu":
-        raise SystemExit(f"--smooth-backward replaces ReLU's gradient, {name} has its own; use --act relu")
+        raise SystemExit(f"--smooth-backward is for ReLU, {name} has its own gradient; use --act relu")
     if alpha is None:
         alpha = DEFAULT_ALPHA.get(name)
     elif name not in DEFAULT_ALPHA:
-        raise SystemExit(f"--act {name} has no alpha; drop --act-alpha, or use {', '.join(DEFAULT_ALPHA)}")
+        having = ", ".join(DEFAULT_ALPHA)
+        raise SystemExit(f"--act {name} has no alpha; drop --act-alpha, or use one of {having}")
     elif not 0 < alpha < math.inf:
         raise SystemExit(f"--act-alpha {alpha:g} is not positive; the paper has {DEFAULT_ALPHA[name]:g}")
 

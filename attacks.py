@@ -2,11 +2,13 @@
 The adversary: L-infinity attacks as pure functions on pixels.
 
 `model` is any callable from images (N, 3, H, W) in [0, 1] to logits (N, K); nothing here knows more.
-No attack switches its mode or asks for a gradient of its weights; none but `pgd` without `noise` touches
-the global random state.
+No attack switches the model's mode or computes a gradient of its weights. None touches torch's random
+state, except `pgd` where it is given no `noise`.
 
->>> x_adv = pgd(net.eval(), x, y, eps=8 / 255, step_size=2 / 255, steps=50)
->>> x_adv, report = autoattack(net.eval(), x, y, eps=8 / 255, index=torch.arange(len(x)))
+The first line is for training, the second measures, the third doubts what the second measured:
+>>> x_adv = pgd(net.eval(), x, y, eps=8 / 255, step_size=2 / 255, steps=10)
+>>> x_adv, report = pgd_search(net.eval(), x, y, eps=8 / 255, step_size=2 / 255, steps=50, index=index)
+>>> x_adv, report = autoattack(net.eval(), x, y, eps=8 / 255, index=index)
 
 Keys: PGD is Madry et al. 2018 (arXiv:1706.06083), SAT is arXiv:2006.14536, AA is Croce & Hein 2020
 (arXiv:2003.01690), FAB is Croce & Hein 2020b (arXiv:1907.02044), SQ is Andriushchenko et al. 2020
@@ -19,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-STANDARD = "apgd-ce", "apgd-t", "fab-t", "square"  # AutoAttack is these, in this order
-START, APGD, SQUARE = 0, 1, 2  # first words of the counters of their random numbers
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack is these, in this order
+START, APGD, SQUARE = 0, 1, 2  # first word of the counter of their random numbers: no two draw the same
+LOSS_SCALE = 2.0**7  # the released code's, for float16; a power of two is exact in every other precision
+SQUARE_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000)  # queries that halve the square's area (AA)
 
 
 # Randomness belongs to the image, not to the batch
@@ -38,516 +42,631 @@ def mix(z):
 def uniform(seed, index, counter, shape):
     """Uniform numbers that belong to the image -> (N, *shape) float32 in [0, 1), on index's device.
 
-    index: (N,) int64, the numbers of the images. counter: tells this draw from the image's others, an
-    int, an (N,) int64 tensor or a tuple of such. Same arguments, same numbers, on any device and batch.
+    index: (N,) int64, the numbers of the images. counter tells this draw from the image's others: an
+    int, an (N,) int64 tensor, or a tuple of these. Same arguments, same numbers, on any device and in
+    any batch.
     """
-    key = mix(torch.full_like(index, seed))  # alone: else seed 1 is seed 0, three images further on
-    for word in (index, *(counter if isinstance(counter, tuple) else (counter,))):
+    if not isinstance(counter, tuple):
+        counter = (counter,)
+    key = mix(torch.full_like(index, seed))  # mixed by itself: else seed 1 is seed 0, three images later
+    for word in (index, *counter):
         key = mix(key * 3 + word + 1)
-    z = torch.arange(1, torch.Size(shape).numel() + 1, device=index.device)
-    z = z * -0x61C8864680B583EB + key[:, None]  # SplitMix64: the golden gamma, one stream an image
-    return ((mix(z) >> 40) & 0xFFFFFF).float().mul_(2.0**-24).view(-1, *shape)
+    n_numbers = torch.Size(shape).numel()
+    z = torch.arange(1, n_numbers + 1, device=index.device)
+    z = z * -0x61C8864680B583EB + key[:, None]  # SplitMix64: golden gammas, one stream an image
+    bits = (mix(z) >> 40) & 0xFFFFFF  # the upper 24: as many as a float32 holds
+    return bits.float().mul_(2.0**-24).view(-1, *shape)
 
 
-# What every attack needs: sane arguments, the box and the ball, a slope
+def random_start(x, eps, seed, index, restart=0):
+    """The offset of PGD's start, uniform in ± eps -> as x. restart: which one, int or (N,) int64."""
+    return (2 * uniform(seed, index, (START, restart), x.shape[1:]) - 1) * eps
+
+
+# What every attack needs: valid arguments, the box and the ball, a loss and its slope
 
 def check_arguments(model, x, y):
-    """ValueError for what makes any attack look weak: train mode, pixels outside [0, 1], odd labels."""
+    """ValueError for what makes any attack look weak: train mode, pixels outside [0, 1], wrong types."""
     if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
-        raise ValueError("the model is in train mode: images change each other; call model.eval()")
+        raise ValueError("the model is in train mode, where images change each other; call model.eval()")
     if x.ndim != 4 or x.dtype != torch.float32:
         raise ValueError(f"images are {tuple(x.shape)} {x.dtype}; attacks need (N, C, H, W) float32")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
         raise ValueError(f"labels are {tuple(y.shape)} {y.dtype}; attacks need ({len(x)},) int64")
-    if len(x) and not (x.min() >= -1e-6 and x.max() <= 1 + 1e-6):  # NaN too
+    in_box = (x >= -1e-6) & (x <= 1 + 1e-6)  # False for NaN
+    if not in_box.all():
         raise ValueError(f"pixels run from {x.min():.4g} to {x.max():.4g}; attacks need [0, 1], "
                          "and a model that normalises inside")
 
 
 def check_labels(logits, y):
     """ValueError for labels that the logits have no class for."""
-    if len(y) and not (y.min() >= 0 and y.max() < logits.shape[1]):
-        raise ValueError(f"labels are {y.min()} to {y.max()}; the model has {logits.shape[1]} classes")
+    known = (y >= 0) & (y < logits.shape[1])
+    if not known.all():
+        raise ValueError(f"labels run from {y.min()} to {y.max()}; the model has "
+                         f"{logits.shape[1]} classes, numbered from 0")
 
 
 def ball(x, eps):
-    """The pixels an attack may use -> (lower, upper), as x: x ± eps within [0, 1], rounded inwards."""
-    exact = x.double()
-    lower, upper = (exact - eps).float(), (exact + eps).float()
-    lower = torch.where(exact - lower > eps, torch.nextafter(lower, x), lower)
-    upper = torch.where(upper - exact > eps, torch.nextafter(upper, x), upper)
-    return lower.clamp_(0, 1), upper.clamp_(0, 1)
+    """The pixels an attack may use, within eps of x and in [0, 1] -> lower, upper, as x.
+
+    The radius is 2^-23 smaller than eps, and rounding moves x ± radius by less: they never leave the
+    exact ball, without float64.
+    """
+    radius = max(eps - 2.0**-23, 0.0)
+    lower = (x - radius).clamp_(0, 1)
+    upper = (x + radius).clamp_(0, 1)
+    return lower, upper
 
 
-def input_gradient(model, x, loss, loss_scale=1.0):
+def input_gradient(model, x, loss):
     """Logits (N, K) in float32, and the slope of `loss(logits)`, (N,), in each image's pixels, as x.
 
-    loss_scale keeps float16 from underflowing on the way back; the slope returned is without it.
+    The loss is scaled on the way back, so that float16 does not underflow; the slope returned is not.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x).float()
-        loss = loss_scale * loss(logits).sum()
-        grad, = torch.autograd.grad(loss, x)  # nothing else: none may reach a weight
-    return logits.detach(), (grad / loss_scale).nan_to_num_(0, 0, 0)  # not finite points nowhere
+        scaled = LOSS_SCALE * loss(logits).sum()
+        grad, = torch.autograd.grad(scaled, x)  # nothing else: no gradient may reach a weight
+    return logits.detach(), grad / LOSS_SCALE
+
+
+def predict(logits):
+    """Logits (N, K) -> the class of each image; -1, which is no class, where a logit is NaN."""
+    return torch.where(logits.isnan().any(1), -1, logits.argmax(1))
+
+
+def cross_entropy(logits, y):
+    """The loss of PGD and of APGD-CE -> (N,)."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def logit_of(logits, y):
+    """The logit of class y, (N,) int64 -> (N,)."""
+    return logits.gather(1, y[:, None]).squeeze(1)
+
+
+def without_label(logits, y):
+    """The logits with the label's at -infinity: the highest is now the best wrong class -> (N, K)."""
+    return logits.scatter(1, y[:, None], -torch.inf)
+
+
+def margin(logits, y):
+    """How far the best wrong class is above the label -> (N,)."""
+    return without_label(logits, y).amax(1) - logit_of(logits, y)
 
 
 # PGD
 
-def pgd(model, x, y, eps, step_size, steps, noise=None, loss_scale=1.0, check=True):
-    """Projected gradient ascent on the cross-entropy (SAT Sec. 3.1) -> x_adv, the last iterate, as x.
+def pgd(model, x, y, eps, step_size, steps, noise=None, loss=cross_entropy, check=True):
+    """Projected gradient ascent on `loss(logits, y)`, (N,) (PGD, SAT Sec. 3.1) -> x_adv, last iterate.
 
     eps, step_size: fractions of [0, 1]. noise: the start's offset, as x; None for a fresh uniform one.
-    loss_scale keeps float16 gradients from underflowing, signs stay. ValueError as `check_arguments`.
+    ValueError as `check_arguments`; without `check` nothing is refused, nothing waits for the device.
     """
     if check:
         check_arguments(model, x, y)
+
+    def climbed(logits):
+        if check:
+            check_labels(logits, y)
+        return loss(logits, y)
+
     x = x.detach()
     lower, upper = ball(x, eps)
     if noise is None:
         noise = torch.empty_like(x).uniform_(-eps, eps)
     x_adv = torch.clamp(x + noise, lower, upper)  # Differs from SAT: its start may leave [0, 1]
-
-    def loss(logits):
-        if check:
-            check_labels(logits, y)
-        return F.cross_entropy(logits, y, reduction="none")
-
     for _ in range(steps):
-        _, grad = input_gradient(model, x_adv, loss, loss_scale)
-        x_adv = torch.clamp(x_adv + step_size * grad.sign(), lower, upper)
+        _, grad = input_gradient(model, x_adv, climbed)
+        direction = torch.where(grad.isnan(), grad, grad.sign())  # NaN's sign() is 0
+        x_adv = torch.clamp(x_adv + step_size * direction, lower, upper)
     return x_adv
 
 
-# What AutoAttack's three searches share: who is still in the fight, who has fallen, what it cost
+# The scaffold of every search: fooled images leave the batch, the rest go on
 
-def predict(logits):
-    """Logits (N, K) -> the class of each row; -1, no class, where a logit is NaN."""
-    return torch.where(logits.isnan().any(1), -1, logits.argmax(1))
+class Search:
+    """What is known of all N images so far, and `rest`, the tensors of those that are not yet fooled.
+
+    Every attribute of `rest` is a tensor with one row an image; an attack adds its own. An attack moves
+    `rest.x_adv`, asks the model, and lets the fooled images leave: their rows vanish from every tensor.
+    """
+
+    def __init__(self, name, x, y, eps, verify, progress):
+        self.name = name
+        self.verify = verify
+        self.progress = progress
+        self.x_adv = x.clone()  # what fools the model, x where nothing was found
+        self.fooled = torch.zeros_like(y, dtype=torch.bool)
+        self.forwards = torch.zeros_like(y)  # how many the image has cost
+        lower, upper = ball(x, eps)
+        row = torch.arange(len(y), device=y.device)  # where among the N images
+        self.rest = SimpleNamespace(row=row, x=x, y=y, lower=lower, upper=upper, x_adv=x)
+
+    def until_all_fooled(self, n_steps):
+        """0 to n_steps - 1, or until no image remains; each is told to `progress`, which may raise."""
+        for step in range(n_steps):
+            n_undecided = len(self.rest.y)
+            if n_undecided == 0:
+                return
+            if self.progress is not None:
+                self.progress(self.name, step, n_steps, n_undecided)
+            yield step
+
+    def confirm(self, claimed):
+        """Which of the images claimed to be fooled, (n,) bool, are so by `verify` -> (n,) bool.
+
+        The search may run in bfloat16, where a margin near zero means nothing.
+        """
+        if self.verify is None:
+            return claimed
+        chosen = claimed.nonzero().squeeze(1)
+        if len(chosen) == 0:
+            return claimed
+        self.forwards[self.rest.row[chosen]] += 1
+        guess = predict(self.verify(self.rest.x_adv[chosen]))
+        return claimed.index_put((chosen,), guess != self.rest.y[chosen])
+
+    def leave(self, fooled):
+        """Images that are fooled, (n,) bool, leave with their x_adv -> their rows among the N images."""
+        n_fooled = int(fooled.sum())  # the only wait for the device in a step, without verify
+        n_remaining = len(fooled) - n_fooled
+        order = fooled.int().argsort(stable=True)  # those that remain first
+        remaining, leaving = order.split([n_remaining, n_fooled])
+        rows = self.rest.row[leaving]
+        if n_fooled > 0:
+            self.x_adv[rows] = self.rest.x_adv[leaving]
+            self.fooled[rows] = True
+            for name, tensor in vars(self.rest).items():
+                setattr(self.rest, name, tensor[remaining])
+        return rows
 
 
-def image(value):
+def search_gradient(model, x, loss):
+    """`input_gradient` for a search, which has to go on: a slope that is not finite becomes 0."""
+    logits, grad = input_gradient(model, x, loss)
+    return logits, grad.nan_to_num_(0, 0, 0)
+
+
+def per_image(value):
     """One number an image -> (N, 1, 1, 1), to meet pixels."""
     return value[:, None, None, None]
 
 
-class Undecided(SimpleNamespace):
-    """The images a search still works on: every attribute is a tensor with a row for each of them."""
-
-    def keep(self, stay):
-        vars(self).update({name: rows[stay] for name, rows in vars(self).items()})
+def linf(delta):
+    """The L-infinity norm of each image's change -> (N,)."""
+    return delta.abs().amax((1, 2, 3))
 
 
-class Found:
-    """What a search has found and spent, a row an image: x_adv (x where nothing), fooled, forwards.
+# PGD with verdicts: whether an image is fooled, and when
 
-    `verify` has the last word: the search may run in bfloat16, where a margin near zero means nothing.
+@torch.no_grad()
+def pgd_search(model, x, y, eps, step_size, steps, index, restarts=1, seed=0, verify=None,
+               last_iterate=False, progress=None):
+    """PGD that asks at every iterate, the start too, whether it fools the model -> x_adv, report.
+
+    report is a dict: clean (N,) int64, the class of x, -1 for NaN; restart and step (N,) int64, of the
+    first iterate that fools, -1 where none does; robust (N,) bool; forwards (N,) int64, all that the
+    image cost. x_adv is the iterate that fools, or x. Images that are wrong on x are not attacked.
+
+    `last_iterate` is SAT's protocol: every image takes all steps from one start, x_adv is the last
+    iterate, robust its verdict, and robust_at (N, steps + 1) bool the verdict of every iterate; restart
+    and step stay -1. ValueError as `check_arguments`, and for last_iterate with restarts.
     """
+    check_arguments(model, x, y)
+    if last_iterate and restarts > 1:
+        raise ValueError(f"restarts is {restarts}; the last iterate is one start's: use restarts=1")
+    clean_logits = (verify or model)(x)
+    check_labels(clean_logits, y)
+    clean = predict(clean_logits)
 
-    def __init__(self, verify, x, y):
-        self.verify, self.x_adv = verify, x.clone()
-        self.fooled, self.forwards = torch.zeros_like(y, dtype=torch.bool), torch.zeros_like(y)
+    search = Search("pgd", x, y, eps, verify, progress)
+    rest = search.rest
+    rest.index = index.to(x.device)
+    search.forwards += 1
+    restart_fooled = torch.full_like(y, -1)
+    step_fooled = torch.full_like(y, -1)
+    robust_at = torch.zeros(len(y), steps + 1, dtype=torch.bool, device=x.device)
+    if not last_iterate:
+        search.leave(clean != y)
 
-    def settle(self, s, x_adv, claimed):
-        """Those of `claimed`, (n,) bool, that `verify` too gets wrong leave `s`; the rest go on."""
-        claimed = claimed.nonzero().squeeze(1)  # the only wait for the device in a step
-        if len(claimed):
-            self.forwards[s.row[claimed]] += 1
-            won = claimed[predict(self.verify(x_adv[claimed])) != s.y[claimed]]
-            self.x_adv[s.row[won]], self.fooled[s.row[won]] = x_adv[won], True
-            stay = torch.ones_like(s.y, dtype=torch.bool)
-            stay[won] = False
-            s.keep(stay)
+    def climbed(logits):
+        return cross_entropy(logits, rest.y)
 
-
-def silent(*where):
-    """The progress callback of someone who does not want to know; one that raises stops the search."""
-
-
-# PGD on a stream: the work queue
-
-def pgd_queue(model, batches, slots, eps, step_size, steps, restarts=1, seed=0, exact=None,
-              last_iterate=False, loss_scale=1.0, tick=lambda: None):
-    """PGD on a stream of (index, x, y) batches; yields a ledger line, a dict, as an image is decided.
-
-    A step is one forward and one input gradient on all slots, each at its own step of its own image.
-    The forward's logits say whether its iterate fools: then the image leaves and the next moves in, so
-    the batch stays full and no work goes to decided images. Steps count gradients, 0 is the start.
-    exact: the float32 model, asked before an image is called fooled. tick: called at every step.
-    With last_iterate nothing leaves early; "verdicts" has a 1 for each iterate that does not fool.
-    """
-    source, more, n_busy, s = iter(batches), True, 0, None
-    waiting = None  # index, x, y, clean prediction of the images that have no slot yet
-    while True:
-        # Read until every free slot can be filled; what the model gets wrong by itself is decided
-        while more and (waiting is None or len(waiting[0]) < slots - n_busy):
-            batch = next(source, None)
-            if batch is None:
-                more = False
-                break
-            tick()
-            index, x, y = batch
-            with torch.no_grad():
-                clean = predict((exact or model)(x))
-            attacked = (clean == y) | last_iterate
-            for i, label, guess in torch.stack((index, y, clean), 1)[~attacked].tolist():
-                yield {"index": i, "label": label, "clean": guess, "fell": None, "forwards": 1}
-            arrived = [rows[attacked] for rows in (index, x, y, clean)]
-            waiting = arrived if waiting is None else [torch.cat(pair) for pair in zip(waiting, arrived)]
-        if s is None:
-            if waiting is None or len(waiting[0]) == 0:
-                return
-            slots = min(slots, len(waiting[0]))
-            x, zero = waiting[1][:slots], torch.zeros_like(waiting[0][:slots])
-            s = Undecided(
-                index=zero.clone(), x=x.clone(), y=zero.clone(), clean=zero.clone(), lower=x.clone(),
-                upper=x.clone(), x_adv=x.clone(), step=zero.clone(), restart=zero.clone(),
-                forwards=zero.clone(), busy=zero.bool(), robust=zero.bool().repeat(steps + 1, 1).T)
-
-        # Move in, and when nothing is left to, shrink by halves: each new shape costs a compiled graph
-        k = min(slots - n_busy, len(waiting[0]))
-        if k:
-            free = (~s.busy).nonzero().flatten()[:k]
-            s.index[free], s.x[free], s.y[free], s.clean[free] = (rows[:k] for rows in waiting)
-            waiting = [rows[k:] for rows in waiting]
-            s.lower[free], s.upper[free] = ball(s.x[free], eps)
-            s.busy[free], s.restart[free], s.step[free], s.forwards[free] = True, 0, -1, 1
-            n_busy += k
-        if n_busy == 0:
-            return
-        while n_busy <= slots // 2:
-            slots //= 2
-            s.keep(s.busy.long().argsort(descending=True, stable=True)[:slots])
-
-        # A random start, a function of (seed, index, restart), then one step
-        tick()
-        new = (s.step < 0).nonzero().flatten()
-        if len(new):
-            noise = (2 * uniform(seed, s.index[new], (START, s.restart[new]), x.shape[1:]) - 1) * eps
-            s.x_adv[new] = torch.clamp(s.x[new] + noise, s.lower[new], s.upper[new])
-            s.step[new] = 0
-        if bool((s.busy & (s.step < steps)).any()):
-            logits, grad = input_gradient(model, s.x_adv, lambda z: cross_entropy(z, s.y), loss_scale)
+    for n_done in search.until_all_fooled(restarts * (steps + 1)):
+        restart, step = divmod(n_done, steps + 1)
+        if step == 0:
+            moved = rest.x + random_start(rest.x, eps, seed, rest.index, restart)
         else:
-            with torch.no_grad():
-                logits, grad = model(s.x_adv), torch.zeros_like(s.x_adv)
-        s.forwards += s.busy
-        fooled = (predict(logits) != s.y) & s.busy
-        doubt = fooled.nonzero().flatten() if exact else ()
-        if len(doubt):
-            with torch.no_grad():
-                fooled[doubt] = predict(exact(s.x_adv[doubt])) != s.y[doubt]
-            s.forwards[doubt] += 1
+            moved = rest.x_adv + step_size * rest.grad.sign()
+        rest.x_adv = torch.clamp(moved, rest.lower, rest.upper)
 
-        # Leave, begin again, or go on
-        at_end = s.busy & (s.step >= steps)
+        if step < steps:
+            logits, rest.grad = search_gradient(model, rest.x_adv, climbed)
+        else:
+            logits = model(rest.x_adv)  # nothing comes after the last iterate: no gradient
+        search.forwards[rest.row] += 1
+        fooled = search.confirm(predict(logits) != rest.y)
         if last_iterate:
-            s.robust.scatter_(1, s.step.clamp(max=steps)[:, None], ~fooled[:, None])
-        leaves = at_end if last_iterate else (fooled | at_end & (s.restart + 1 >= restarts))
-        gone = leaves.nonzero().flatten()
-        facts = torch.stack((s.index, s.y, s.clean, s.forwards, s.restart, s.step, fooled), 1)[gone]
-        for (i, label, guess, forwards, *fell), robust in zip(facts.tolist(), s.robust[gone].tolist()):
-            verdict = {"fell": fell[:2] if fell[2] else None}
-            if last_iterate:
-                verdict = {"verdicts": "".join("01"[r] for r in robust)}
-            yield {"index": i, "label": label, "clean": guess, **verdict, "forwards": forwards}
-        s.busy &= ~leaves
-        n_busy -= len(gone)
-        s.x_adv = torch.clamp(s.x_adv + step_size * grad.sign(), s.lower, s.upper)
-        s.step += 1
-        again = at_end & ~leaves
-        s.restart += again
-        s.step = torch.where(again, -1, s.step)
+            robust_at[:, step] = ~fooled
+        else:
+            rows = search.leave(fooled)
+            restart_fooled[rows] = restart
+            step_fooled[rows] = step
+
+    report = dict(clean=clean, restart=restart_fooled, step=step_fooled, robust=~search.fooled,
+                  forwards=search.forwards)
+    if last_iterate:
+        search.x_adv = rest.x_adv
+        report["robust"] = robust_at[:, -1]
+        report["robust_at"] = robust_at
+    return search.x_adv, report
 
 
 # APGD
 
-def margin(logits, y, target=None):
-    """How far the target, by default the best wrong class, is above the label -> (N,)."""
-    if target is None:
-        wrong = logits.scatter(1, y[:, None], -torch.inf).amax(1)
-    else:
-        wrong = logits.gather(1, target[:, None])[:, 0]
-    return wrong - logits.gather(1, y[:, None])[:, 0]
+def targeted_margin(logits, y, target):
+    """How far the target, (N,) int64, is above the label -> (N,)."""
+    return logit_of(logits, target) - logit_of(logits, y)
 
 
-def cross_entropy(logits, y, target=None):
-    """The loss of APGD-CE -> (N,); with a target, towards it."""
-    return F.cross_entropy(logits, y, reduction="none") if target is None else \
-        -F.cross_entropy(logits, target, reduction="none")
+def targeted_cross_entropy(logits, y, target):
+    """The loss towards a target -> (N,)."""
+    return -cross_entropy(logits, target)
 
 
 def targeted_dlr(logits, y, target):
     """The targeted difference of logits ratio (AA) -> (N,): no scale or shift of the logits matters."""
     first, _, third, fourth = logits.topk(4).values.unbind(1)
-    return margin(logits, y, target) / (first - (third + fourth) / 2 + 1e-12)
+    return targeted_margin(logits, y, target) / (first - (third + fourth) / 2 + 1e-12)
 
 
 def checkpoints(steps):
-    """The steps after which APGD may halve its step size (AA): 22, 41, 57, 70, 80, 87, 93, 99%."""
-    percent = width = 22
+    """The steps after which APGD may halve its step size (AA): at 22, 41, 57, 70, 80, 87, 93, 99%."""
+    checks = set()
+    percent = 22
+    width = 22
     while percent < 100:
-        yield -(-percent * steps // 100)  # rounded up
+        checks.add(-(-percent * steps // 100))  # rounded up
         width = max(width - 3, 6)
         percent += width
+    return checks
 
 
 @torch.no_grad()
-def apgd(model, x, y, eps, index, seed=0, target=None, loss=cross_entropy, run=0, steps=100, rho=0.75,
-         verify=None, progress=silent, loss_scale=1.0):
+def apgd(model, x, y, eps, index, seed=0, target=None, loss=cross_entropy, restart=0, steps=100,
+         rho=0.75, verify=None, progress=None):
     """Auto-PGD (AA Alg. 1) -> x_adv (x where it found nothing), fooled (N,) bool, forwards (N,) int64.
 
-    Climbs `loss(logits, y, target)`, target (N,) int64 or None. `run` numbers the random starts.
+    It climbs `loss(logits, y)`, or `loss(logits, y, target)` where a target, (N,) int64, is given.
     """
-    found = Found(verify or model, x, y)
-    lower, upper = ball(x, eps)
-    t = uniform(seed, index, (APGD, run), x.shape[1:]) * 2 - 1
-    start = torch.clamp(x + eps * t / t.abs().amax((1, 2, 3), keepdim=True), lower, upper)
-    worst = torch.full_like(x[:, 0, 0, 0], -torch.inf)
-    s = Undecided(
-        row=torch.arange(len(x), device=x.device), y=y, target=y if target is None else target,
-        lower=lower, upper=upper, x_adv=start, x_before=start, loss=-worst,
-        x_best=start, grad_best=torch.zeros_like(x), loss_best=worst, loss_checked=worst,
-        step_size=torch.full_like(worst, 2 * eps), halved=torch.ones_like(y, dtype=torch.bool),
-        n_up=torch.zeros_like(y))
-    objective = lambda logits: loss(logits, s.y, None if target is None else s.target)
-    checks, last_check = set(checkpoints(steps)), 0
-    for step in range(steps + 1):
-        progress(step, len(s.y))
-        logits, s.grad = input_gradient(model, s.x_adv, objective, loss_scale)
-        found.forwards[s.row] += 1
-        loss_before, s.loss = s.loss, objective(logits).nan_to_num(-torch.inf, torch.inf, -torch.inf)
-        s.n_up = s.n_up + (s.loss > loss_before)
-        found.settle(s, s.x_adv, predict(logits) != s.y)
-        if step == steps or len(s.y) == 0:
-            break
+    search = Search("apgd", x, y, eps, verify, progress)
+    rest = search.rest
+    if target is not None:
+        rest.target = target
 
-        # The best iterate so far
-        better = s.loss > s.loss_best
-        s.loss_best = torch.where(better, s.loss, s.loss_best)
-        s.x_best = torch.where(image(better), s.x_adv, s.x_best)
-        s.grad_best = torch.where(image(better), s.grad, s.grad_best)
+    def climbed(logits):
+        if target is None:
+            return loss(logits, rest.y)
+        return loss(logits, rest.y, rest.target)
+
+    noise = 2 * uniform(seed, index, (APGD, restart), x.shape[1:]) - 1
+    start = x + eps * noise / per_image(linf(noise))
+    rest.x_adv = torch.clamp(start, rest.lower, rest.upper)
+    rest.x_before = rest.x_adv
+    rest.x_best = rest.x_adv
+    rest.grad_best = torch.zeros_like(x)
+    worst = torch.full_like(linf(x), -torch.inf)
+    rest.loss = -worst  # so that the first iterate does not count as a step up
+    rest.loss_best = worst
+    rest.loss_checked = worst  # loss_best at the last checkpoint
+    rest.n_up = torch.zeros_like(y)  # steps since then that went up
+    rest.halved = torch.ones_like(y, dtype=torch.bool)  # the step size, at the last checkpoint
+    rest.step_size = torch.full_like(worst, 2 * eps)
+    checks = checkpoints(steps)
+    last_check = 0
+
+    for step in search.until_all_fooled(steps + 1):
+        logits, rest.grad = search_gradient(model, rest.x_adv, climbed)
+        search.forwards[rest.row] += 1
+        loss_before = rest.loss
+        rest.loss = climbed(logits)
+        rest.n_up = rest.n_up + (rest.loss > loss_before)
+        fooled = search.confirm(predict(logits) != rest.y)
+        search.leave(fooled)
+
+        # The best iterate so far; NaN is above nothing
+        better = rest.loss > rest.loss_best
+        rest.loss_best = torch.where(better, rest.loss, rest.loss_best)
+        rest.x_best = torch.where(per_image(better), rest.x_adv, rest.x_best)
+        rest.grad_best = torch.where(per_image(better), rest.grad, rest.grad_best)
 
         # Too few steps went up, or the best has stood still: back to it, with half the step
         if step in checks:
-            few = s.n_up < rho * (step - last_check)  # AA Condition 1
-            stuck = ~s.halved & (s.loss_best == s.loss_checked)  # AA Condition 2
-            s.halved, s.loss_checked, s.n_up = few | stuck, s.loss_best, torch.zeros_like(s.n_up)
-            s.step_size = torch.where(s.halved, s.step_size / 2, s.step_size)
-            s.x_adv = torch.where(image(s.halved), s.x_best, s.x_adv)
-            s.grad = torch.where(image(s.halved), s.grad_best, s.grad)
-            s.loss = torch.where(s.halved, s.loss_best, s.loss)
+            few = rest.n_up < rho * (step - last_check)  # AA Condition 1
+            stuck = ~rest.halved & (rest.loss_best == rest.loss_checked)  # AA Condition 2
+            rest.halved = few | stuck
+            rest.step_size = torch.where(rest.halved, rest.step_size / 2, rest.step_size)
+            rest.x_adv = torch.where(per_image(rest.halved), rest.x_best, rest.x_adv)
+            rest.grad = torch.where(per_image(rest.halved), rest.grad_best, rest.grad)
+            rest.loss = torch.where(rest.halved, rest.loss_best, rest.loss)
+            rest.loss_checked = rest.loss_best
+            rest.n_up = torch.zeros_like(rest.n_up)
             last_check = step
 
         # A gradient step, then momentum
-        z = torch.clamp(s.x_adv + image(s.step_size) * s.grad.sign(), s.lower, s.upper)
-        a = 0.75 if step else 1.0
-        z = s.x_adv + a * (z - s.x_adv) + (1 - a) * (s.x_adv - s.x_before)
-        s.x_before, s.x_adv = s.x_adv, torch.clamp(z, s.lower, s.upper)
-    return found.x_adv, found.fooled, found.forwards
+        ascent = rest.x_adv + per_image(rest.step_size) * rest.grad.sign()
+        ascent = torch.clamp(ascent, rest.lower, rest.upper)
+        a = 0.75 if step > 0 else 1.0  # alpha in AA
+        momentum = (1 - a) * (rest.x_adv - rest.x_before)
+        moved = rest.x_adv + a * (ascent - rest.x_adv) + momentum
+        rest.x_before = rest.x_adv
+        rest.x_adv = torch.clamp(moved, rest.lower, rest.upper)
+    return search.x_adv, search.fooled, search.forwards
 
 
 # FAB
 
 def to_hyperplane(x, w, gap, iterations=6):
-    """The smallest L-inf step (n, C, H, W) inside the box that moves <w, x> by gap, (n,) (FAB).
+    """The smallest L-inf step inside the box that raises <w, x> by gap, (N,) -> as x (FAB).
 
     Every pixel moves by `reach` or until it meets the box, so <w, step> is concave in the reach: Newton
     finds it from below without sorting pixels. A plane that misses the box: into the nearest corner.
     """
-    gap = gap.nan_to_num(0, 0, 0)  # logits without a difference name no plane
-    direction = w.sign() * image(gap.sign())
-    room, w = torch.where(direction > 0, 1 - x, x), w.abs()
+    gap = gap.nan_to_num(0, 0, 0)  # logits that do not differ name no plane
+    direction = w.sign() * per_image(gap.sign())
+    room = torch.where(direction > 0, 1 - x, x)
+    w = w.abs()
     reach = torch.zeros_like(gap)
     for _ in range(iterations):
-        moved = torch.minimum(room, image(reach))
+        moved = torch.minimum(room, per_image(reach))
         missing = gap.abs() - (w * moved).sum((1, 2, 3))
-        slope = (w * (room > image(reach))).sum((1, 2, 3))
-        reach = torch.where(slope > 0, reach + missing.clamp(min=0) / slope, reach).clamp(max=1)
-    return direction * torch.minimum(room, image(reach))
+        slope = (w * (room > per_image(reach))).sum((1, 2, 3))
+        further = reach + missing.clamp(min=0) / slope
+        reach = torch.where(slope > 0, further, reach).clamp(max=1)
+    return direction * torch.minimum(room, per_image(reach))
 
 
 @torch.no_grad()
 def fab(model, x, y, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, verify=None,
-        progress=silent, loss_scale=1.0):
+        progress=None):
     """Targeted Fast Adaptive Boundary attack (FAB Alg. 1) -> x_adv, fooled, forwards, as `apgd`.
 
     It looks for the nearest point of class `target`, (N,) int64, from x on; within eps of x it is done.
     """
-    found = Found(verify or model, x, y)
-    lower, upper = ball(x, eps)
-    s = Undecided(row=torch.arange(len(x), device=x.device), x=x, y=y, target=target, lower=lower,
-                  upper=upper, x_adv=x)
-    for step in range(steps):
-        progress(step, len(s.y))
-        logits, w = input_gradient(
-            model, s.x_adv, lambda logits: margin(logits, s.y, s.target), loss_scale)
-        gap = -margin(logits, s.y, s.target)  # the boundary is where <w, .> is higher by this
+    search = Search("fab", x, y, eps, verify, progress)
+    rest = search.rest
+    rest.target = target
+
+    def climbed(logits):
+        return targeted_margin(logits, rest.y, rest.target)
+
+    for _ in search.until_all_fooled(steps):
+        logits, w = search_gradient(model, rest.x_adv, climbed)
+        gap = -climbed(logits)  # the boundary is where <w, x> is higher by this
 
         # Overstep the boundary seen from x_adv, with a bias towards the same boundary seen from x
-        d_adv = to_hyperplane(s.x_adv, w, gap)
-        d = to_hyperplane(s.x, w, gap + (w * (s.x_adv - s.x)).sum((1, 2, 3)))
-        size_adv, size = (move.abs().amax((1, 2, 3)).clamp(min=1e-8) for move in (d_adv, d))
-        alpha = image((size_adv / (size_adv + size)).clamp(max=alpha_max))
-        s.x_adv = torch.clamp((1 - alpha) * (s.x_adv + eta * d_adv) + alpha * (s.x + eta * d), 0, 1)
+        step_adv = to_hyperplane(rest.x_adv, w, gap)
+        gap_of_x = gap + (w * (rest.x_adv - rest.x)).sum((1, 2, 3))
+        step_x = to_hyperplane(rest.x, w, gap_of_x)
+        size_adv = linf(step_adv).clamp(min=1e-8)
+        size_x = linf(step_x).clamp(min=1e-8)
+        alpha = (size_adv / (size_adv + size_x)).clamp(max=alpha_max)
+        alpha = per_image(alpha)
+        from_adv = rest.x_adv + eta * step_adv
+        from_x = rest.x + eta * step_x
+        rest.x_adv = torch.clamp((1 - alpha) * from_adv + alpha * from_x, 0, 1)
 
-        s.wrong = predict(model(s.x_adv).float()) != s.y
-        found.forwards[s.row] += 2
-        near = (s.x_adv - s.x).abs().amax((1, 2, 3)) < eps + 1e-6  # a hair for rounding: it is clamped
-        found.settle(s, torch.clamp(s.x_adv, s.lower, s.upper), s.wrong & near)
-        if len(s.y) == 0:
-            break
-        s.x_adv = torch.where(image(s.wrong), s.x + beta * (s.x_adv - s.x), s.x_adv)  # back towards x
-    return found.x_adv, found.fooled, found.forwards
+        # What is in the ball but for rounding moves into it, and is judged there
+        near = linf(rest.x_adv - rest.x) < eps + 1e-6
+        inside = torch.clamp(rest.x_adv, rest.lower, rest.upper)
+        rest.x_adv = torch.where(per_image(near), inside, rest.x_adv)
+        rest.wrong = predict(model(rest.x_adv)) != rest.y
+        search.forwards[rest.row] += 2
+        fooled = search.confirm(rest.wrong & near)
+        search.leave(fooled)
+
+        # Across the boundary but too far away: back towards x
+        back = rest.x + beta * (rest.x_adv - rest.x)
+        rest.x_adv = torch.where(per_image(rest.wrong), back, rest.x_adv)
+    return search.x_adv, search.fooled, search.forwards
 
 
 # Square
 
 @torch.no_grad()
-def square(model, x, y, eps, index, seed=0, queries=5000, p=0.8, verify=None, progress=silent):
-    """Square Attack (SQ Alg. 1 and 2), no gradient at all -> x_adv, fooled, forwards, as `apgd`.
+def square(model, x, y, eps, index, seed=0, queries=5000, p=0.8, verify=None, progress=None):
+    """Square Attack (SQ Alg. 1 and 2), without any gradient -> x_adv, fooled, forwards, as `apgd`.
 
     Every pixel is always at an end of its range, so a square of ± 2 eps, clamped, is a square of ends.
     """
-    found = Found(verify or model, x, y)
-    lower, upper = ball(x, eps)
+    search = Search("square", x, y, eps, verify, progress)
+    rest = search.rest
     C, H, W = x.shape[1:]
+    rows = torch.arange(H, device=x.device)
+    columns = torch.arange(W, device=x.device)
     stripes = uniform(seed, index, (SQUARE, 0), (C, 1, W)) < 0.5
-    s = Undecided(row=torch.arange(len(x), device=x.device), y=y, index=index, lower=lower, upper=upper,
-                  x_adv=torch.where(stripes, lower, upper), x_best=x,
-                  best=torch.full_like(x[:, 0, 0, 0], -torch.inf))
-    rows, columns = (torch.arange(n, device=x.device) for n in (H, W))
-    for query in range(queries + 1):  # the stripes, then squares
-        progress(query, len(s.y))
-        logits = model(s.x_adv).float()
-        found.forwards[s.row] += 1
-        climbed = margin(logits, s.y).nan_to_num(-torch.inf, torch.inf, -torch.inf)
-        better = climbed > s.best
-        s.best = torch.where(better, climbed, s.best)
-        s.x_best = torch.where(image(better), s.x_adv, s.x_best)
-        found.settle(s, s.x_adv, predict(logits) != s.y)
-        if query == queries or len(s.y) == 0:
-            break
+    rest.index = index
+    rest.x_adv = torch.where(stripes, rest.lower, rest.upper)
+    rest.x_best = x
+    rest.margin_best = torch.full_like(linf(x), -torch.inf)
 
-        # The next square: never rescaled to the number of queries, as in AutoAttack
-        area = p / 2 ** sum(query >= n for n in (10, 50, 200, 500, 1000, 2000, 4000))
-        side = min(max(round((area * H * W) ** 0.5), 1), H, W)
-        if query % 100 == 0:
-            s.draws = uniform(seed, s.index, (SQUARE, 1 + query // 100), (100, 2 + C))
-        draw = s.draws[:, query % 100]
-        row = rows - (draw[:, :1] * (H - side + 1)).long()  # (n, H), 0 at the square's top
-        column = columns - (draw[:, 1:2] * (W - side + 1)).long()  # (n, W)
-        row, column = (row >= 0) & (row < side), (column >= 0) & (column < side)
-        ends = torch.where(draw[:, 2:, None, None] < 0.5, s.lower, s.upper)
-        s.x_adv = torch.where(row[:, None, :, None] & column[:, None, None, :], ends, s.x_best)
-    return found.x_adv, found.fooled, found.forwards
+    for query in search.until_all_fooled(queries + 1):  # the stripes, then squares
+        logits = model(rest.x_adv).float()
+        search.forwards[rest.row] += 1
+        height = margin(logits, rest.y)
+        better = height > rest.margin_best  # NaN is above nothing
+        rest.margin_best = torch.where(better, height, rest.margin_best)
+        rest.x_best = torch.where(per_image(better), rest.x_adv, rest.x_best)
+        fooled = search.confirm(predict(logits) != rest.y)
+        search.leave(fooled)
+
+        # The size of the next square; its schedule is not rescaled to the number of queries (AA)
+        n_halvings = sum(query >= n for n in SQUARE_HALVINGS)
+        area = p / 2**n_halvings * H * W
+        side = max(round(area**0.5), 1)
+        side = min(side, H, W)
+
+        # Its place, and for each channel the end that its pixels go to
+        if query % 100 == 0:  # random numbers for the next hundred
+            rest.draws = uniform(seed, rest.index, (SQUARE, 1 + query // 100), (100, 2 + C))
+        draw = rest.draws[:, query % 100]
+        top = (draw[:, :1] * (H - side + 1)).long()  # (n, 1)
+        left = (draw[:, 1:2] * (W - side + 1)).long()
+        in_rows = (rows >= top) & (rows < top + side)  # (n, H)
+        in_columns = (columns >= left) & (columns < left + side)  # (n, W)
+        in_square = in_rows[:, None, :, None] & in_columns[:, None, None, :]  # (n, 1, H, W)
+        to_lower = draw[:, 2:, None, None] < 0.5  # (n, C, 1, 1)
+        ends = torch.where(to_lower, rest.lower, rest.upper)
+        rest.x_adv = torch.where(in_square, ends, rest.x_best)
+    return search.x_adv, search.fooled, search.forwards
 
 
 # AutoAttack
 
 def blind_spots(logits, again, grad):
-    """What blinds an attack, from the logits (N, K), those of a second call, and the slope -> strs."""
+    """What blinds attacks, from logits (N, K), those of a second call, and the slope -> [warning]."""
+    warnings = []
     finite = logits.isfinite().all(1)
-    first, again = logits[finite], again[finite]
-    if not finite.all():
-        yield (f"not finite: {(~finite).sum()} of {len(finite)} clean images have NaN or infinite "
-               "logits; NaN counts as wrong")
-    drift = (again - first).abs().amax(1) / first.abs().amax(1).clamp(min=1e-12)
+    n_broken = int((~finite).sum())
+    if n_broken > 0:
+        warnings.append(f"not finite: {n_broken} of {len(finite)} clean images have NaN or infinite "
+                        "logits; NaN counts as wrong")
+    logits = logits[finite]
+    again = again[finite]
+
+    drift = (again - logits).abs().amax(1) / logits.abs().amax(1).clamp(min=1e-12)
     if (drift > 1e-4).any():
-        yield (f"random logits: they change by up to {drift.max():.1%} between two calls on one image; "
-               "gradients need averaging over calls, and a verdict is one draw")
-    if len(first) and first.min() >= 0 and first.max() <= 1 and (first.sum(1) - 1).abs().max() < 1e-4:
-        yield ("probabilities: every row of the output is in [0, 1] and sums to 1; "
-               "the attacks need logits, what comes before softmax")
-    zero = (grad == 0).float().mean() if len(grad) else 0
+        warnings.append(f"random logits: they change by up to {drift.max():.1%} between two calls on "
+                        "one image; gradients need averaging over calls, and a verdict is one draw")
+
+    in_unit = (logits >= 0) & (logits <= 1)
+    sums_to_1 = (logits.sum(1) - 1).abs() < 1e-4
+    if len(logits) > 0 and in_unit.all() and sums_to_1.all():
+        warnings.append("probabilities: every row of the output is in [0, 1] and sums to 1; "
+                        "the attacks need logits, which come before softmax")
+
+    zero = (grad == 0).float().mean()  # NaN where there are no images
     if zero > 0.05:
-        yield (f"zero gradients: {zero:.1%} of the input gradient is exactly 0 (saturated, rounded or "
-               "underflowing); PGD and APGD-CE see nothing there")
+        warnings.append(f"zero gradients: {zero:.1%} of the input gradient is exactly 0 (saturated, "
+                        "rounded or underflowing); PGD and APGD-CE see nothing there")
+    return warnings
 
 
-def doubts(n, fooled):
-    """What the counts say against a result on n images: {attack: how many only it fooled} -> [str].
+def masked_gradients(n, fooled):
+    """What the counts on n images say, {attack: how many it fooled that none before did} -> [warning].
 
     A search without gradients that beats those with them has found a masked gradient.
     """
-    gradient = [name for name in STANDARD[:3] if name in fooled]
-    if gradient and fooled.get("square", 0) > 0.002 * n:  # the share is the one AA's authors warn at
-        return [f"masked gradients: Square fooled {fooled['square']} of {n} images that "
-                f"{', '.join(gradient)} did not; the true robustness is lower, attack it adaptively"]
-    return []
+    with_gradients = [name for name in STANDARD if name in fooled and name != "square"]
+    n_square = fooled.get("square", 0)
+    if not with_gradients or n_square <= 0.002 * n:  # AA's authors warn at this share
+        return []
+    names = ", ".join(with_gradients)
+    return [f"masked gradients: Square fooled {n_square} of {n} images that {names} did not; the true "
+            "robustness is lower, so attack the model adaptively"]
 
 
 @torch.no_grad()
-def autoattack(model, x, y, eps, index, seed=0, verify=None, attacks=STANDARD, progress=silent,
-               steps=100, queries=5000, loss_scale=1.0):
+def autoattack(model, x, y, eps, index, seed=0, verify=None, attacks=STANDARD, progress=None, steps=100,
+               queries=5000):
     """The attacks in AA's order, each on the images that none has fooled yet -> x_adv, report.
 
-    x_adv is x where nothing was found. report: clean (N,) int64, the class of x, -1 where a logit is
-    NaN; fooled_by [N], a name or None; forwards (N,) int64, all that the image cost; attacks {"clean"
-    or name: {"seconds", "forwards", "fooled"}}; warnings [str], each "reason: sentence". `verify` is
-    the float32 model where `model` runs lower. `progress(name, step, steps, n_undecided)` comes at
-    every step and may raise. ValueError as `check_arguments`, and for an attack that does not exist.
+    x_adv is x where nothing was found. report is a dict: clean (N,) int64, the class of x, -1 for NaN;
+    fooled_by [N], a name or None; forwards (N,) int64, all that the image cost; attacks, {"clean" or
+    name: {"seconds", "forwards", "fooled"}}; warnings, [str], each "reason: sentence".
+
+    verify: the float32 model, where `model` runs in less. `progress(name, step, n_steps, n_undecided)`
+    is called at every step and may raise. ValueError as `check_arguments`, and for an unknown attack.
     """
-    verify, index, x_adv = verify or model, index.to(x.device), x.clone()
+    exact = verify or model
     check_arguments(model, x, y)
-    check_arguments(verify, x, y)
-    if not set(attacks) <= set(STANDARD):
-        raise ValueError(f"attacks are {', '.join(attacks)}; there are {', '.join(STANDARD)}")
-    forwards, fooled_by, spent, warnings = torch.zeros_like(y), [None] * len(y), {}, []
-    report = dict(clean=y, forwards=forwards, fooled_by=fooled_by, attacks=spent, warnings=warnings)
+    check_arguments(exact, x, y)
+    for name in attacks:
+        if name not in STANDARD:
+            raise ValueError(f"attack {name} is unknown; use some of {', '.join(STANDARD)}")
+    index = index.to(x.device)
+    x_adv = x.clone()
+    forwards = torch.zeros_like(y)
+    fooled_by = [None] * len(y)
+    spent = {}
+    warnings = []
+    report = dict(clean=y, fooled_by=fooled_by, forwards=forwards, attacks=spent, warnings=warnings)
     if len(y) == 0:
         return x_adv, report
 
-    # The clean images: who is right, which classes are next, and whether attacks can see the model
+    # The clean images: which are right, which classes are next, and whether attacks can see the model
     began = time.perf_counter()
-    logits = verify(x).float()
+
+    def climbed(logits):
+        return cross_entropy(logits, y)
+
+    logits = exact(x).float()
     check_labels(logits, y)
     report["clean"] = predict(logits)
     robust = report["clean"] == y
-    again, grad = input_gradient(model, x, lambda logits: cross_entropy(logits, y), loss_scale)
-    if verify is not model:
-        again = verify(x).float()
+    again, grad = search_gradient(model, x, climbed)
+    forwards += 2
+    if verify is not None:
+        again = verify(x).float()  # two calls of one model: precision is no randomness
+        forwards += 1
     warnings += blind_spots(logits, again, grad[robust])
-    forwards += 2 if verify is model else 3
     n_classes = logits.shape[1]
-    targets = logits.scatter(1, y[:, None], -torch.inf).topk(min(9, n_classes - 1)).indices
+    n_targets = min(9, n_classes - 1)  # AA
+    targets = without_label(logits, y).topk(n_targets).indices
     spent["clean"] = dict(seconds=time.perf_counter() - began, forwards=int(forwards.sum()),
                           fooled=int((~robust).sum()))
 
-    loss = targeted_dlr if n_classes > 3 else cross_entropy
-    n_runs = {"apgd-ce": 1, "apgd-t": targets.shape[1], "fab-t": targets.shape[1], "square": 1}
+    # One attempt, or one for each target class
+    n_attempts = {"apgd-ce": 1, "apgd-t": n_targets, "fab-t": n_targets, "square": 1}
+    targeted_loss = targeted_dlr
+    if n_classes == 3:
+        targeted_loss = targeted_cross_entropy
+    if n_classes < 3:
+        n_attempts["apgd-t"] = 0
     if "apgd-t" in attacks and n_classes == 3:
         warnings.append("few classes: targeted DLR needs 4, the model has 3; apgd-t ran targeted "
                         "cross-entropy")
     if "apgd-t" in attacks and n_classes < 3:
-        n_runs["apgd-t"] = 0
         warnings.append(f"few classes: apgd-t skipped, with {n_classes} it would only repeat apgd-ce")
 
-    for name in (name for name in STANDARD if name in attacks):
-        began, cost = time.perf_counter(), int(forwards.sum())
-        for run in range(n_runs[name]):
+    for name in STANDARD:
+        if name not in attacks:
+            continue
+        began = time.perf_counter()
+        forwards_before = int(forwards.sum())
+        for attempt in range(n_attempts[name]):
             rows = robust.nonzero().squeeze(1)
             if len(rows) == 0:
                 break
-            total = queries if name == "square" else steps
-            shared = dict(verify=verify, progress=lambda step, n: progress(
-                name, run * total + step, n_runs[name] * total, n))
-            slopes = dict(steps=steps, loss_scale=loss_scale, **shared)
-            images, target = (model, x[rows], y[rows], eps), targets[rows, run]
+
+            def tell(_, step, n_steps, n_undecided):
+                if progress is not None:
+                    n_done = attempt * n_steps + step
+                    progress(name, n_done, n_attempts[name] * n_steps, n_undecided)
+
+            target = targets[rows, attempt]
+            draws = dict(index=index[rows], seed=seed)
+            common = dict(eps=eps, verify=verify, progress=tell)
             if name == "apgd-ce":
-                found = apgd(*images, index[rows], seed, **slopes)
-            elif name == "apgd-t":
-                found = apgd(*images, index[rows], seed, target, loss, 1 + run, **slopes)
+                found = apgd(model, x[rows], y[rows], steps=steps, **draws, **common)
+            elif name == "apgd-t":  # restart 0 is apgd-ce's
+                found = apgd(model, x[rows], y[rows], target=target, loss=targeted_loss,
+                             restart=1 + attempt, steps=steps, **draws, **common)
             elif name == "fab-t":
-                found = fab(*images, target, **slopes)
+                found = fab(model, x[rows], y[rows], target=target, steps=steps, **common)
             else:
-                found = square(*images, index[rows], seed, queries, **shared)
-            x_adv[rows], fooled, calls = found
-            forwards[rows] += calls
+                found = square(model, x[rows], y[rows], queries=queries, **draws, **common)
+            x_adv[rows], fooled, n_forwards = found
+            forwards[rows] += n_forwards
             robust[rows] = ~fooled
             for row in rows[fooled].tolist():
                 fooled_by[row] = name
-        spent[name] = dict(seconds=time.perf_counter() - began, forwards=int(forwards.sum()) - cost,
-                           fooled=fooled_by.count(name))
-    warnings += doubts(len(y), {name: spent[name]["fooled"] for name in spent})
+        spent[name] = dict(seconds=time.perf_counter() - began,
+                           forwards=int(forwards.sum()) - forwards_before, fooled=fooled_by.count(name))
+
+    n_fooled = {name: spent[name]["fooled"] for name in spent}
+    warnings += masked_gradients(len(y), n_fooled)
     return x_adv, report

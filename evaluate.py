@@ -7,16 +7,22 @@ The number to quote, and the protocol of SAT (arXiv:2006.14536) on 8 GPUs with a
 $ python evaluate.py --attack autoattack
 $ torchrun --nproc_per_node=8 evaluate.py --last-iterate --weights FILE --arch resnet50 --act silu
 
-An image counts as robust only if no iterate of any restart fools the model. Its starts depend on (seed,
-index, restart) alone, its verdict, rounding aside, on no batch size, order or number of processes.
+An image counts as robust only if no iterate of any restart fools the model. Its verdict is a function
+of the weights, the attack and the image; rounding aside, no batch size, order or number of processes
+changes it. Verdicts are kept in a ledger under OUT/eval, one JSON line an image: a stopped evaluation
+goes on with the same command, and a finished one answers at once.
+
+Keys: SAT is the paper; its sections are numbered as there.
 """
 import argparse
+import ast
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import os
-import signal
+import shlex
 import sys
 import time
 from datetime import timedelta
@@ -26,25 +32,17 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+import activations
+import attacks
 import data
-from attacks import STANDARD, autoattack, doubts, pgd_queue
-from models import LOSS_SCALE, MODELS, attacker_view, build, in_precision, load_weights
+import models
+from attacks import STANDARD, autoattack, masked_gradients, pgd_search
+from models import MODELS, attacker_view, build, in_precision, load_weights, weights_hash
+from train import (all_ranks, check_ranges, device_name, duration, need, open_device, read_json, say,
+                   show, write_json)
 
-PGD = {"imagenet": (4, 1, 200), "cifar10": (8, 2, 50), "shapes": (8, 2, 50)}  # eps, step size, steps
 ATTACKS = {"pgd": (), "apgd": STANDARD[:2], "autoattack": STANDARD}
-
-PAPER = {  # (arch, act, res): clean and robust in percent, PGD-200 at eps 4; None where only drawn
-    ("resnet50", "relu", 224): (68.8, 33.0), ("resnet50", "psoftplus", 224): (None, 38.7),
-    ("resnet50", "smoothrelu", 224): (69.4, 40.3), ("resnet50", "elu", 224): (None, 41.1),
-    ("resnet50", "silu", 224): (69.7, 42.3), ("resnet101", "silu", 224): (72.9, 45.5),
-    ("resnet152", "silu", 224): (73.9, 46.0), ("resnext50_32x4d", "silu", 224): (71.2, 42.5),
-    ("resnext50_32x8d", "silu", 224): (73.6, 45.1), ("resnet50", "silu", 299): (70.9, 43.8),
-    ("resnet50", "silu", 380): (71.6, 44.1), ("resnext152_32x8d", "silu", 380): (78.2, 51.2),
-    ("resnet152", "relu", 224): (None, 39.4), ("resnext50_32x8d", "relu", 224): (None, 36.7),
-    ("resnet50", "relu", 380): (None, 36.9), ("resnext152_32x8d", "relu", 380): (None, 46.3),
-    ("efficientnet_b0", "silu", 224): (65.1, 37.6), ("efficientnet_b7", "silu", 600): (79.8, 57.0),
-    ("efficientnet_l1", "silu", 600): (80.5, 58.0),
-}
+PGD_FLAGS = ("steps", "step_size", "restarts", "last_iterate")  # the other attacks have none of these
 
 
 def get_args(argv=None):
@@ -53,7 +51,7 @@ def get_args(argv=None):
     # what to measure
     p.add_argument("--out", default="out", help="a run's folder: its model.pt, network and data")
     p.add_argument("--weights", help="a state dict; args.json beside it or the next flags tell the rest")
-    p.add_argument("--data", choices=data.SOURCES, help="default: the run's, or imagenet")
+    p.add_argument("--data", choices=data.DATA_SETS, help="default: the run's, or imagenet")
     p.add_argument("--data-dir", help="default: the run's, or data/imagenet, or data")
     p.add_argument("--arch", help="default: the run's; " + ", ".join(MODELS))
     p.add_argument("--act", help="default: the run's")
@@ -66,14 +64,14 @@ def get_args(argv=None):
     p.add_argument("--steps", type=int, help="of PGD; default: imagenet 200, else 50")
     p.add_argument("--eps", type=float, help="L-inf radius in 1/255; default: imagenet 4, else 8")
     p.add_argument("--step-size", type=float, help="of PGD, in 1/255; default: imagenet 1, else 2")
-    p.add_argument("--restarts", type=int, default=1, help="random starts of PGD to survive")
-    p.add_argument("--last-iterate", action="store_true", help="SAT's protocol")
+    p.add_argument("--restarts", type=int, help="random starts of PGD to withstand; default: 1")
+    p.add_argument("--last-iterate", action="store_true", help="SAT's protocol: the last decides")
     p.add_argument("--smooth-backward", default="none", choices=["none", "attacker"], help="Sec. 3.2")
     p.add_argument("--seed", type=int, default=0, help="of the random starts")
     # how
     p.add_argument("--dtype", default="fp32", choices=["fp32", "tf32", "bf16", "fp16"],
-                   help="of the search; fp32 confirms every image that falls")
-    p.add_argument("--batch-size", type=int, help="images in work at a time, on each device")
+                   help="of the search; fp32 confirms every image that is fooled")
+    p.add_argument("--batch-size", type=int, help="images at a time, on each device")
     p.add_argument("--workers", type=int, help="processes that read images, for each device")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     p.add_argument("--json", help="write the report to this file too")
@@ -81,336 +79,458 @@ def get_args(argv=None):
     return p.parse_args(argv)
 
 
-# The machine
-
-def open_device(name, dtype="fp32"):
-    """Where this process runs -> device, torchrun's rank and world (0 and 1 without it)."""
-    torch.set_flush_denormal(True)  # the tail of a smooth curve underflows, and there a CPU crawls
-    # Backward passes run outside of `precision`, and torch's default would let cuDNN's round
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
-    name = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(name, name)
-    known = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, **os.environ}
-    rank, world, local = (int(known[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    name = f"cuda:{local}" if name == "cuda" else name
-    if name not in ("cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))):
-        raise SystemExit(f"--device {name} is not here; use cpu, or auto, or fewer processes")
-    device = torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():  # ranks may finish an evaluation hours apart
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
-    return device, rank, world
-
-
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def check(args):
+    """SystemExit for flags that argparse cannot judge alone."""
+    check_ranges(args)
+    need(args.out.strip(), "--out is empty; name a run's folder, such as --out out")
+    if args.attack != "pgd":
+        for name in PGD_FLAGS:
+            value = getattr(args, name)
+            need(value is None or value is False,
+                 f"--{name.replace('_', '-')} is PGD's, --attack {args.attack} has its own published "
+                 "numbers; drop it")
+    need(not args.last_iterate or args.restarts in (None, 1),
+         f"--restarts {args.restarts} with --last-iterate: the last iterate is that of one start; use "
+         "--restarts 1")
+    need(args.steps == 0 or args.step_size is None or args.step_size > 0,
+         "--step-size 0 is no attack; use --step-size 1, or --steps 0")
+    if args.json:
+        path = Path(args.json)
+        need(not path.is_dir(), f"--json {path} is a folder; name a file in it")
+        make_folder(path.parent)
 
 
-# Long work shows where it is, and can be stopped anywhere
-
-class Stopped(Exception):
-    """Raised inside long work after SIGINT or SIGTERM."""
-
-
-asked = SimpleNamespace(signal=None)
+def make_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"cannot make the folder {folder} ({error.strerror}); choose another place")
 
 
-def listen():
-    """From here on SIGINT and SIGTERM only ask, and long work polls; a second Ctrl-C ends at once."""
-    def ask(number, _):
-        asked.signal = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, ask)
-    signal.signal(signal.SIGTERM, ask)
+# What is measured
 
+def find_run(args):
+    """Network and data: flags first, then the args.json beside the weights -> namespace.
 
-def stop_if_asked():
-    if asked.signal:
-        raise Stopped
-
-
-def show(text):
-    """A line that the next one overwrites; nothing where no person looks."""
-    if sys.stdout.isatty() and int(os.environ.get("RANK", 0)) == 0:
-        print(f"\r\033[K{text}", end="", flush=True)
-
-
-def say(text):
-    """A line that stays."""
-    show("")
-    print(text, flush=True)
-
-
-def duration(seconds):
-    """3h12m, or below an hour 4m05s."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
-
-
-# Counts
-
-def tally(lines, steps):
-    """Ledger lines -> dict of counts: n, n_correct, n_robust, robust_after each step, forwards."""
-    correct = [line for line in lines if line["clean"] == line["label"]]
-    if lines and "verdicts" in lines[0]:
-        after = [sum(line["verdicts"][k] == "1" for line in lines) for k in range(steps + 1)]
-        n_robust = after[-1]
+    From args.json come what describes the network and the data, never the training attack, batch, limit,
+    seed, dtype or smooth backward pass. SystemExit where something is missing or damaged.
+    """
+    folder = Path(args.weights).parent if args.weights else Path(args.out)
+    run_args = None
+    if (folder / "args.json").exists():
+        run_args = read_json(folder / "args.json")
+        saved = dict(run_args)
+    elif args.weights is None:
+        raise SystemExit(f"no run in {folder} (no args.json); train one, python train.py --data shapes, "
+                         "or give --weights FILE --arch ARCH --act ACT --data DATA")
     else:
-        fell = [line["fell"] for line in correct]
-        n_robust = fell.count(None)
-        at = [f[1] for f in fell if f and f[0] == 0]  # in the first restart
-        after = [len(fell) - sum(step <= k for step in at) for k in range(steps + 1)]
-    return {"n": len(lines), "n_correct": len(correct), "n_robust": n_robust, "robust_after": after,
-            "forwards": sum(line["forwards"] for line in lines)}
+        need(args.arch and args.act,
+             f"--weights {args.weights} needs the --arch and --act that it was trained with")
+        saved = {"data": args.data or "imagenet"}
+    if args.data is not None and args.data != saved.get("data"):
+        saved.update(data_dir=None, res=None, small_input=None)  # other data has its own
+
+    # A flag that is given wins over what the run was trained with
+    run = SimpleNamespace()
+    for name in ("data", "data_dir", "arch", "act", "act_alpha", "bn_eps", "res"):
+        given = getattr(args, name)
+        setattr(run, name, saved.get(name) if given is None else given)
+    run.classes = saved.get("classes")
+    run.small_input = saved.get("small_input")
+    run.weights = Path(args.weights or folder / "model.pt")
+    run.out = Path(args.out)
+    run.args = run_args
+    # What neither says is the data set's or the network's own
+    source = folder / "args.json"
+    need(run.data in data.DATA_SETS, f"{source} has the unknown data {run.data}; use --data with one of "
+         f"{', '.join(data.DATA_SETS)}")
+    data_set = data.DATA_SETS[run.data]
+    if run.small_input is None:
+        run.small_input = data_set.small_input
+    if run.bn_eps is None:
+        run.bn_eps = 1e-5
+    if run.res is None:
+        run.res = data_set.res or (MODELS[run.arch].res if run.arch in MODELS else 224)
+    kinds = dict(arch=str, act=str, res=int, bn_eps=float, small_input=bool)
+    for name, kind in kinds.items():
+        value = getattr(run, name)
+        need(isinstance(value, kind), f"{source} is damaged ({name} is {value!r}); restore it, or move "
+             "the weights to another folder and give --weights with --arch, --act and --data")
+    return run
 
 
-def all_ranks(tensor):
-    """Its sum over all processes."""
-    total = tensor.clone()
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total
+def open_net(run, n_classes, device):
+    """The trained network in eval mode, channels last on a GPU."""
+    net = build(run.arch, run.act, n_classes, act_alpha=run.act_alpha, small_input=run.small_input,
+                bn_eps=run.bn_eps)
+    load_weights(net, run.weights)
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return net.to(device, memory_format=layout).eval()
 
 
-def summed(counts, device):
-    """Counts of one process, ints or lists of ints by name -> counts of all processes."""
-    return {name: all_ranks(torch.tensor(k, device=device)).tolist() for name, k in counts.items()}
+def without_docstrings(tree):
+    """The syntax tree with every docstring taken out."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+    return tree
 
 
-def wilson(k, n, z=1.959964):
-    """95% interval of a fraction of which k of n were seen (Wilson 1927)."""
-    if n == 0:
-        return [0.0, 1.0]
-    p, z2 = k / n, z * z / n
-    middle, half = p + z2 / 2, z * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
-    return [max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))]
+def code_digest():
+    """A hex digest of the code that decides a verdict: an edited comment does not change it.
+
+    It is of the syntax trees of activations.py, models.py, attacks.py and the evaluation transform.
+    """
+    sources = [inspect.getsource(module) for module in (activations, models, attacks)]
+    sources += [inspect.getsource(function) for function in (data.eval_transform, data.to_rgb)]
+    digest = hashlib.sha256()
+    for source in sources:
+        tree = without_docstrings(ast.parse(source))
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:12]
 
 
 # The ledger: a JSON line an image, one file a process
 
+# Of PGD:                {"index": 7, "label": 3, "clean": 3, "forwards": 12, "fooled": [restart, step]}
+# of its last iterate:   {..., "robust_at": "1100"}, a digit for every step, 1 where it does not fool
+# of APGD, AutoAttack:   {..., "fooled": "square"}; null where an image is not fooled, here as above
+# beside the verdicts:   {"warning": "reason: sentence"}
+
+def is_verdict(line):
+    """Whether a line of JSON is a verdict, or a warning that goes with some."""
+    if not isinstance(line, dict):
+        return False
+    has_verdict = "fooled" in line or "robust_at" in line
+    return "warning" in line or (has_verdict and {"index", "label", "clean", "forwards"} <= line.keys())
+
+
+def read_ledger(folder, name):
+    """What all processes have written, ever -> ({index: line}, [warning]).
+
+    A last line torn by a kill is ignored. SystemExit for any other line that is no verdict.
+    """
+    verdicts = {}
+    warnings = []
+    for path in sorted(folder.glob(f"{name}.*.jsonl")):
+        try:
+            *texts, _ = path.read_text().split("\n")  # what is behind the last newline is torn, or empty
+            lines = [json.loads(text) for text in texts]
+        except ValueError:
+            lines = [None]
+        for line in lines:
+            need(is_verdict(line), f"{path} holds a line that is no verdict; delete the file, or start "
+                 "over with --fresh")
+            if "warning" in line:
+                warnings.append(line["warning"])
+            else:
+                verdicts[line["index"]] = line
+    return verdicts, warnings
+
+
 class Ledger:
-    """What was decided before, by any number of processes, and the file of this one to go on in."""
+    """The verdicts so far, by any number of processes, and this process's file to go on in."""
 
     def __init__(self, folder, name, rank, fresh):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.report = folder / f"{name}.json"
-        if fresh and rank == 0:
-            for path in (self.report, *folder.glob(f"{name}.*.jsonl")):
-                path.unlink(missing_ok=True)
+        make_folder(folder)
+        if rank == 0:
+            self.lock = open(folder / f"{name}.lock", "w")
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+            except BlockingIOError:
+                raise SystemExit(f"another evaluation writes {folder / name}; wait for it, or stop it")
+            if fresh:
+                for path in [folder / f"{name}.json", *folder.glob(f"{name}.*.jsonl")]:
+                    path.unlink(missing_ok=True)
         if dist.is_initialized():
             dist.barrier()
-        self.file = open(folder / f"{name}.{rank}.jsonl", "a+", buffering=1)
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(f"another evaluate.py writes {self.file.name}; wait for it, or stop it")
-        self.file.seek(0)
-        whole = self.file.read().rpartition("\n")[0]
-        self.file.truncate(len(whole) + bool(whole))  # a line torn by a kill is dropped
-        # A lock falls when any handle of its file is closed, so ours is not opened a second time
-        others = set(folder.glob(f"{name}.*.jsonl")) - {Path(self.file.name)}
-        self.lines = {}
-        for text in (whole + "\n", *(path.read_text() for path in others)):
-            for line in map(json.loads, filter(None, text.split("\n")[:-1])):
-                self.lines[line["index"], line.get("attack")] = line
+        self.verdicts, self.warnings = read_ledger(folder, name)
+        if dist.is_initialized():
+            dist.barrier()  # nobody writes while others read
+        path = folder / f"{name}.{rank}.jsonl"
+        self.file = open(path, "a", buffering=1)
+        whole = path.read_bytes().rfind(b"\n") + 1
+        self.file.truncate(whole)  # without a line torn by a kill
 
     def write(self, line):
-        self.lines[line["index"], line.get("attack")] = line
-        self.file.write(json.dumps(line) + "\n")
+        try:
+            self.file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise SystemExit(f"cannot write {self.file.name} ({error.strerror}): is the disk full? Make "
+                             "room; the same command goes on")
+        if "warning" in line:
+            self.warnings.append(line["warning"])
+        else:
+            self.verdicts[line["index"]] = line
 
 
-# What is measured, with what, on what
-
-def find_run(args):
-    """Network and data: flags first, then the args.json beside the weights -> namespace."""
-    folder = Path(args.weights).parent if args.weights else Path(args.out)
-    if (folder / "args.json").exists():
-        run = json.loads((folder / "args.json").read_text())
-    elif args.weights is None:
-        raise SystemExit(f"no run in {folder} (no args.json); train one, python train.py --data shapes, "
-                         "or give --weights FILE --arch ARCH --act ACT --data DATA")
-    elif args.arch is None or args.act is None:
-        raise SystemExit(f"--weights {args.weights} needs the --arch and --act that it was trained with")
-    else:
-        run = {"data": args.data or "imagenet"}
-    if args.data not in (None, run["data"]):  # other data has its own folder and resolution
-        run.update(data_dir=None, res=None)
-    recipe = [run.get(name) for name in ("epochs", "steps", "eps", "smooth_backward", "enhanced")]
-    names = "data data_dir arch act act_alpha bn_eps res classes small_input commit torch".split()
-    run = {name: run.get(name) if vars(args).get(name) is None else vars(args)[name] for name in names}
-    run = SimpleNamespace(**run, weights=Path(args.weights or folder / "model.pt"), recipe=recipe)
-    run.res = run.res or (MODELS[run.arch].res if run.data == "imagenet" and run.arch in MODELS else 32)
-    return run
+def verdict_lines(index, y, report):
+    """The lines of a batch, from the report of `pgd_search` or `autoattack`."""
+    lines = []
+    clean = report["clean"].tolist()
+    forwards = report["forwards"].tolist()
+    labels = y.tolist()
+    for row, number in enumerate(index.tolist()):
+        line = {"index": number, "label": labels[row], "clean": clean[row], "forwards": forwards[row]}
+        if "fooled_by" in report:
+            line["fooled"] = report["fooled_by"][row]
+        elif "robust_at" in report:
+            digits = report["robust_at"][row].int().tolist()
+            line["robust_at"] = "".join(map(str, digits))
+        else:
+            step = int(report["step"][row])
+            line["fooled"] = [int(report["restart"][row]), step] if step >= 0 else None
+        lines.append(line)
+    return lines
 
 
-def open_model(run, images, device):
-    """The trained network in eval mode, channels last on a GPU, and a hash of its weights."""
-    small_input = run.data != "imagenet" if run.small_input is None else run.small_input
-    net = build(run.arch, run.act, len(images.classes), run.act_alpha, small_input=small_input,
-                bn_eps=run.bn_eps or 1e-5)
-    load_weights(net, run.weights)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    return net.to(device, memory_format=layout).eval(), digest.hexdigest()[:12]
+# Counts
+
+def wilson(k, n, z=1.959964):
+    """95% interval of a fraction of which k of n were seen (Wilson 1927) -> [low, high]."""
+    if n == 0:
+        return [0.0, 1.0]
+    p = k / n
+    z2 = z * z / n
+    middle = p + z2 / 2
+    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
+    return [max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))]
 
 
-def progress(began, n_done, n, what=""):
-    """Show how far work is since `began`; Stopped if a signal came."""
-    stop_if_asked()
-    spent = time.monotonic() - began
-    eta = duration(spent / n_done * (n - n_done)) if n_done else "?"
-    show(f"{what}{int(n_done)}/{n} images | {duration(spent)} | eta {eta}")
+def tally(lines, steps):
+    """Ledger lines of PGD -> dict: n, n_correct, n_robust, robust_after each step, forwards.
+
+    robust_after[k] counts the images that no iterate 0 .. k of the first restart fools; of lines of the
+    last iterate's protocol it counts those that iterate k does not fool.
+    """
+    n_correct = 0
+    n_robust = 0
+    robust_after = [0] * (steps + 1)
+    for line in lines:
+        is_correct = line["clean"] == line["label"]
+        n_correct += is_correct
+        if "robust_at" in line:
+            robust_at = [digit == "1" for digit in line["robust_at"]]
+            n_robust += robust_at[-1]
+        else:
+            n_robust += is_correct and line["fooled"] is None
+            n_survived = steps + 1
+            if not is_correct:
+                n_survived = 0
+            elif line["fooled"] is not None and line["fooled"][0] == 0:
+                n_survived = line["fooled"][1]
+            robust_at = [k < n_survived for k in range(steps + 1)]
+        for k, is_robust in enumerate(robust_at):
+            robust_after[k] += is_robust
+    return {"n": len(lines), "n_correct": n_correct, "n_robust": n_robust, "robust_after": robust_after,
+            "forwards": sum(line["forwards"] for line in lines)}
 
 
-def measure_pgd(job, ledger, members):
-    """PGD on those of `members` that have no ledger line yet -> counts."""
-    left = torch.tensor([i for i in members if (i, None) not in ledger.lines], dtype=torch.long)
-    began, done = time.monotonic(), 0
-    batches = data.eval_batches(job.images, left, job.slots, job.workers, job.device)
-    numbers = job.eps / 255, job.step_size / 255, job.steps, job.restarts, job.seed
-    for line in pgd_queue(job.model, batches, job.slots, *numbers, job.exact, job.last_iterate,
-                          job.loss_scale, lambda: progress(began, done, len(left))):
-        ledger.write(line)
-        done += 1
-    return tally([ledger.lines[i, None] for i in members], job.steps)
+def tally_autoattack(lines, names):
+    """Ledger lines of AutoAttack -> dict: n, n_correct, n_robust, fooled_by {name: n}, forwards."""
+    n_correct = 0
+    n_robust = 0
+    fooled_by = dict.fromkeys(names, 0)
+    for line in lines:
+        if line["clean"] == line["label"]:
+            n_correct += 1
+            if line["fooled"] is None:
+                n_robust += 1
+            else:
+                fooled_by[line["fooled"]] += 1
+    return {"n": len(lines), "n_correct": n_correct, "n_robust": n_robust, "fooled_by": fooled_by,
+            "forwards": sum(line["forwards"] for line in lines)}
 
 
-def measure_autoattack(job, ledger, members):
-    """Each attack on all images that the ones before it left -> counts, seconds, warnings."""
-    counts, seconds, warnings = {"n": len(members), "fooled": [], "forwards_by": []}, [], {}
-    for name in ATTACKS[job.attack]:
-        left = torch.tensor([i for i in members if (i, name) not in ledger.lines], dtype=torch.long)
-        began, done = time.monotonic(), 0
-        for index, x, y in data.eval_batches(job.images, left, job.slots, job.workers, job.device):
-            _, report = autoattack(
-                job.model, x, y, job.eps / 255, index, job.seed, job.exact, (name,),
-                lambda _, step, steps, n_left: progress(
-                    began, done + len(x) * step / steps, len(left), f"{name} "),
-                loss_scale=job.loss_scale)
-            rows = zip(index.tolist(), y.tolist(), report["clean"].tolist(), report["forwards"].tolist())
-            for (i, label, guess, forwards), by in zip(rows, report["fooled_by"]):
-                ledger.write({"index": i, "label": label, "clean": guess, "attack": name,
-                              "fell": by is not None, "forwards": forwards})
-            done += len(x)
-            for warning in report["warnings"]:
-                warnings.setdefault(warning.partition(":")[0], warning)
-        seconds.append(round(time.monotonic() - began, 1))
-        lines = [ledger.lines[i, name] for i in members]
-        counts.setdefault("n_correct", sum(line["clean"] == line["label"] for line in lines))
-        counts["fooled"].append(sum(line["fell"] for line in lines))
-        counts["forwards_by"].append(sum(line["forwards"] for line in lines))
-        members = [line["index"] for line in lines
-                   if line["clean"] == line["label"] and not line["fell"]]
-    counts.update(n_robust=len(members), forwards=sum(counts["forwards_by"]))
-    return counts, seconds, list(warnings.values())
+def sum_over_ranks(counts, device):
+    """Counts of one process, ints or lists or dicts of ints by name -> counts of all processes."""
+    total = {}
+    for name, value in counts.items():
+        if isinstance(value, dict):
+            total[name] = sum_over_ranks(value, device)
+        else:
+            total[name] = all_ranks(torch.tensor(value, device=device)).tolist()
+    return total
 
 
-def report_lines(r):
+def first_of_each_reason(warnings):
+    """Warnings are "reason: sentence": one of each reason is enough."""
+    by_reason = {}
+    for warning in warnings:
+        by_reason.setdefault(warning.partition(":")[0], warning)
+    return list(by_reason.values())
+
+
+def report_lines(report):
     """A report as a person reads it."""
-    def line(name, k, n):
+    n = report["n"]
+
+    def share(name, k):
         low, high = wilson(k, n)
         return f"{name:<9} {100 * k / n:6.2f}%  {k} of {n}, 95%: {100 * low:.2f} to {100 * high:.2f}"
 
-    yield f"{r['weights']}: {r['arch']} {r['act']} on {r['data']} at {r['res']} px"
-    if r["attack"] == "pgd":
-        protocol = "last iterate, SAT's protocol" if r["last_iterate"] else "every iterate"
-        yield (f"PGD-{r['steps']}, eps {r['eps']:g}, step {r['step_size']:g}, restarts {r['restarts']}, "
-               f"seed {r['seed']}, {r['dtype']}, verdict of {protocol}")
-    else:
-        yield f"{r['attack']}, eps {r['eps']:g}, seed {r['seed']}, {r['dtype']}"
-    yield line("clean", r["n_correct"], r["n"])
-    yield line("robust", r["n_robust"], r["n"])
-    if r["attack"] == "pgd":
-        marks = [k for k in (0, 1, 2, 5, 10, 20, 50, 100) if k < r["steps"]] + [r["steps"]]
-        yield "after     " + "  ".join(f"{k}: {100 * r['robust_after'][k] / r['n']:.2f}%" for k in marks)
-    for name, a in r.get("attacks", {}).items():
-        yield (f"{name:<9} {-100 * a['fooled'] / r['n']:6.2f}%  {a['fooled']} fell; "
-               f"{a['forwards']} forwards, {duration(a['seconds'])}")
-    yield (f"cost      {r['forwards']} forwards, {duration(r['seconds'])} on {r['processes']} x "
-           f"{r['device']}")
-    yield from (f"warning   {warning}" for warning in r.get("warnings", []))
-    if r["paper"]:
-        clean, robust = ("-" if v is None else f"{v}%" for v in r["paper"])
-        yield f"paper     clean {clean}, robust {robust} (PGD-200, step 1, last iterate, 50,000 images)"
+    yield (f"{report['weights']}: {report['arch']} {report['act']} on {report['data']} at "
+           f"{report['res']} px")
+    attack = report["attack"]
+    if attack == "pgd":
+        attack = f"PGD-{report['steps']}, step {report['step_size']:g}, restarts {report['restarts']}"
+    protocol = "the last iterate, SAT's protocol" if report["last_iterate"] else "every iterate"
+    yield (f"{attack}, eps {report['eps']:g}, seed {report['seed']}, {report['dtype']}, verdict of "
+           f"{protocol}")
+    yield share("clean", report["n_correct"])
+    yield share("robust", report["n_robust"])
+    if report["attack"] == "pgd":
+        steps = report["steps"]
+        marks = [k for k in (0, 1, 2, 5, 10, 20, 50, 100) if k < steps] + [steps]
+        after = [f"{k}: {100 * report['robust_after'][k] / n:.2f}%" for k in marks]
+        yield "after     " + "  ".join(after)
+    for name, n_fooled in report.get("fooled_by", {}).items():
+        yield f"{name:<9} {-100 * n_fooled / n:6.2f}%  {n_fooled} fooled"
+    yield (f"cost      {report['forwards']} forwards, {duration(report['seconds'])} on "
+           f"{report['processes']} x {report['device']}")
+    for warning in report["warnings"]:
+        yield f"warning   {warning}"
 
 
 def main():
     args = get_args()
+    check(args)
     run = find_run(args)
-    device, rank, world = open_device(args.device, args.dtype)
-    eps, step_size, steps = (default if given is None else given for given, default in
-                             zip((args.eps, args.step_size, args.steps), PGD[run.data]))
-    if not min(eps, steps) >= 0 or (steps and not step_size > 0):
-        raise SystemExit(f"--eps {eps:g} --steps {steps} --step-size {step_size:g} is no attack; eps "
-                         "and steps are 0 or more, and steps need a step size above 0")
-    if args.restarts < 1 or (args.last_iterate and args.restarts > 1):
-        raise SystemExit(f"--restarts {args.restarts}; use 1 or more, with --last-iterate exactly 1")
-    if min(1 if n is None else n for n in (args.limit, args.batch_size)) < 1:
-        raise SystemExit(f"--limit {args.limit} --batch-size {args.batch_size}; they need 1 or more")
+    device, rank, world = open_device(args.device, args.dtype, wait=timedelta(hours=24))
+    data_set = data.DATA_SETS[run.data]
+    eps = data_set.eps if args.eps is None else args.eps
+    steps = data_set.steps if args.steps is None else args.steps
+    step_size = data_set.step_size if args.step_size is None else args.step_size
+    restarts = args.restarts or 1
+    batch_size = args.batch_size or (100 if device.type == "cpu" else data_set.eval_batch)
 
-    images = data.load(run.data, run.data_dir, False, run.res, run.classes, device=device)
-    net, digest = open_model(run, images, device)
-    view = attacker_view(net, args.smooth_backward == "attacker")
-    job = SimpleNamespace(
-        **vars(args) | dict(eps=eps, step_size=step_size, steps=steps, device=device), images=images,
-        model=in_precision(view, args.dtype, device), loss_scale=LOSS_SCALE.get(args.dtype, 1.0),
-        exact=None if args.dtype == "fp32" else in_precision(attacker_view(net), "fp32", device),
-        slots=args.batch_size or {"cpu": 100}.get(device.type, 256 if run.data == "imagenet" else 512))
-    job.workers = data.loader_processes(args.workers, run.data, world)
+    # The images and the network
+    show(f"loading {run.data}")
+    images = data.load(run.data, run.data_dir, train=False, res=run.res, classes=run.classes,
+                       device=device)
+    net = open_net(run, len(images.classes), device)
+    view = attacker_view(net, smooth_backward=args.smooth_backward == "attacker")
+    model = in_precision(view, args.dtype, device)
+    verify = None if args.dtype == "fp32" else in_precision(attacker_view(net), "fp32", device)
+    workers = data.loader_workers(args.workers, images, world)
 
     # The ledger's name changes with everything that can change a verdict
-    last = "-last" * args.last_iterate
-    pgd = f"-step{step_size:g}-{steps}x{args.restarts}{last}" if args.attack == "pgd" else ""
-    identity = data.key(digest, images.fingerprint, run.arch, run.act, run.act_alpha, run.bn_eps,
-                        args.smooth_backward, args.dtype, device.type)
-    name = f"{args.attack}-eps{eps:g}{pgd}-seed{args.seed}-{identity % 16**8:08x}"
-    ledger = Ledger(Path(args.out) / "eval", name, rank, args.fresh)
-    members = data.subset(images.n, args.limit)[rank::world].tolist()
-    before = len(ledger.lines)
-    if before and rank == 0:
-        say(f"going on from {before} lines in {ledger.file.name}; --fresh starts over")
+    # (not with batch size, workers, number of processes or --limit, which cannot)
+    digest = weights_hash(net)
+    code = code_digest()
+    show("fingerprint of the images")
+    fingerprint = images.fingerprint()
+    numbers = ""
+    if args.attack == "pgd":
+        last = "-last" if args.last_iterate else ""
+        numbers = f"-step{step_size:g}-{steps}x{restarts}{last}"
+    identity = data.key(digest, code, fingerprint, run.arch, run.act, run.act_alpha, run.bn_eps, run.res,
+                        run.small_input, args.smooth_backward, args.dtype, device.type)
+    name = f"{args.attack}-eps{eps:g}{numbers}-seed{args.seed}-{identity % 16**8:08x}"
+    folder = run.out / "eval"
+    ledger = Ledger(folder, name, rank, args.fresh)
+    own = data.subset(images.n, args.limit)[rank::world].tolist()
+    remaining = [number for number in own if number not in ledger.verdicts]
+    if ledger.verdicts and rank == 0:
+        say(f"{len(ledger.verdicts)} verdicts are in {folder / name}.*; --fresh starts over")
 
-    listen()
+    # One pass over what is not decided yet: the attack, then its lines
     began = time.monotonic()
-    try:
-        if args.attack == "pgd":
-            counts = summed(measure_pgd(job, ledger, members), device)
-        else:
-            counts, seconds, warnings = measure_autoattack(job, ledger, members)
-            counts = summed(counts, device)
-            attacks = {name: {"fooled": k, "forwards": f, "seconds": s} for name, k, f, s in zip(
-                ATTACKS[args.attack], counts.pop("fooled"), counts.pop("forwards_by"), seconds)}
-            warnings += doubts(counts["n"], {name: a["fooled"] for name, a in attacks.items()})
-            counts.update(attacks=attacks, warnings=warnings)
-    except Stopped:
-        say(f"stopped after {len(ledger.lines) - before} lines of the ledger; the same command goes on")
-        raise SystemExit(75)
+    n_done = 0
 
-    theirs = run.act_alpha is None and run.recipe in ([100, 1, 4, "none", False], [None] * 5)
-    paper = PAPER.get((run.arch, run.act, run.res)) if theirs and (eps, images.n) == (4, 50000) else None
-    report = {
-        "weights": str(run.weights), "hash": digest,
-        **{name: vars(run)[name] for name in "commit torch data arch act act_alpha res".split()},
-        **{name: vars(job)[name] for name in ("attack", "eps", "step_size", "steps", "restarts", "seed",
-                                              "last_iterate", "smooth_backward", "dtype")},
-        **counts, "paper": paper, "interval": wilson(counts["n_robust"], counts["n"]),
-        "seconds": round(time.monotonic() - began, 1), "processes": world, "device": device_name(device)}
+    def progress(attack, step, n_steps, n_undecided):
+        spent = time.monotonic() - began
+        eta = "?"  # no batch is done yet
+        if n_done > 0:
+            eta = duration(spent / n_done * (len(remaining) - n_done))
+        show(f"{n_done}/{len(remaining)} images | {attack} step {step}/{n_steps}, {n_undecided} open"
+             f" | {duration(spent)} | eta {eta}")
+
+    batches = data.eval_batches(images, torch.tensor(remaining, dtype=torch.long), batch_size,
+                                workers=workers, device=device)
+    for index, x, y in batches:
+        if args.attack == "pgd":
+            _, report = pgd_search(
+                model, x, y, eps=eps / 255, step_size=step_size / 255, steps=steps, index=index,
+                restarts=restarts, seed=args.seed, verify=verify, last_iterate=args.last_iterate,
+                progress=progress)
+        else:
+            _, report = autoattack(
+                model, x, y, eps=eps / 255, index=index, seed=args.seed, verify=verify,
+                attacks=ATTACKS[args.attack], progress=progress)
+            for warning in first_of_each_reason(report["warnings"]):
+                if not warning.startswith("masked gradients"):  # a matter of all images, not of a batch
+                    ledger.write({"warning": warning})
+        for line in verdict_lines(index, y, report):
+            ledger.write(line)
+        n_done += len(y)
+    seconds = round(time.monotonic() - began, 1)
+
+    # Counts of all processes
+    lines = [ledger.verdicts[number] for number in own]
+    if args.attack == "pgd":
+        counts = tally(lines, steps)
+    else:
+        counts = tally_autoattack(lines, ATTACKS[args.attack])
+    n_nan = sum(line["clean"] == -1 for line in lines)
+    counts = sum_over_ranks({**counts, "n_nan": n_nan}, device)
+    warnings = ledger.warnings
+    if world > 1:
+        every_rank = [None] * world
+        dist.all_gather_object(every_rank, ledger.warnings)
+        warnings = sum(every_rank, [])
+    warnings = first_of_each_reason(warnings)
+    if args.attack == "pgd" and counts["n_nan"] > 0:
+        warnings.append(f"not finite: {counts['n_nan']} of {counts['n']} clean images have NaN logits; "
+                        "NaN counts as wrong")
+    warnings += masked_gradients(counts["n"], counts.get("fooled_by", {}))
+
+    # The report
     if rank == 0:
-        if len(ledger.lines) == before and ledger.report.exists():  # nothing was left to do
-            old = json.loads(ledger.report.read_text())
-            report = old if old["n"] == report["n"] else report
-        (part := ledger.report.with_suffix(".part")).write_text(json.dumps(report))
-        part.replace(ledger.report)
-        for text in report_lines(report):
-            say(text)
+        path = folder / f"{name}.json"
+        if not remaining and path.exists():  # nothing was measured now: the seconds of the first time
+            seconds = read_json(path).get("seconds", seconds)
+        report = {
+            "weights": str(run.weights), "hash": digest, "arch": run.arch, "act": run.act,
+            "act_alpha": run.act_alpha, "data": run.data, "res": run.res,
+            "attack": args.attack, "eps": eps, "steps": steps, "step_size": step_size,
+            "restarts": restarts, "last_iterate": args.last_iterate, "seed": args.seed,
+            "smooth_backward": args.smooth_backward, "dtype": args.dtype,
+            **counts, "interval": wilson(counts["n_robust"], counts["n"]), "warnings": warnings,
+            "ledger": name, "images": fingerprint, "code": code, "seconds": seconds, "processes": world,
+            "device": device_name(device), "commit": None, "torch": None, "train": None}
+        if args.attack != "pgd":
+            report.update(steps=None, step_size=None, restarts=None)
+        if run.args is not None:  # of the training run
+            report["commit"] = run.args.get("commit")
+            report["torch"] = run.args.get("torch")
+            of_training = ("seed", "epochs", "batch_size", "lr", "eps", "step_size", "steps",
+                           "smooth_backward")
+            report["train"] = {key: run.args.get(key) for key in of_training}
+        write_json(path, report)
+        for line in report_lines(report):
+            say(line)
         if args.json:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+            try:
+                Path(args.json).write_text(path.read_text())
+            except OSError as error:
+                raise SystemExit(f"cannot write {args.json} ({error.strerror}); the report is in {path}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def how_to_go_on():
+    """The command that goes on where this one was stopped, ready to paste."""
+    words = [word for word in sys.argv if word != "--fresh"]
+    world = os.environ.get("WORLD_SIZE")
+    start = "python" if world is None else f"torchrun --nproc_per_node={world}"
+    return f"{start} {shlex.join(words)}"
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        is_first = os.environ.get("RANK", "0") == "0"
+        raise SystemExit(f"\nstopped; go on with: {how_to_go_on()}" if is_first else 1)

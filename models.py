@@ -3,29 +3,29 @@ The networks of SAT (arXiv:2006.14536): ResNet, ResNeXt, EfficientNet, any activ
 
 >>> net = build("resnet50", act="silu")  # images in [0, 1] -> logits; it normalises inside
 >>> view = attacker_view(net)            # what the attack differentiates: same storage, frozen weights
+
 Keys and shapes are torchvision's wherever torchvision has the network: weights travel both ways.
+How a network runs (precision, TF32, subnormal numbers) is here too: whatever can change a verdict.
 
 Keys: RN is He et al. 2015 (arXiv:1512.03385), EN is Tan & Le 2019 (arXiv:1905.11946).
 """
 import contextlib
 import copy
+import hashlib
 import math
-import os
 import zipfile
 from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import StochasticDepth
 
 from activations import ReLU, make_act
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, for every data set
-# Differs from SAT: its pixels run over [-1, 1]
+# Differs from SAT: torchvision's mean and deviation for every data set; SAT's pixels run over [-1, 1]
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 
 
 def conv(inputs, outputs, kernel, stride=1, groups=1):
@@ -75,7 +75,8 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs, width, stride, groups, group_width, act, norm):
         super().__init__()
-        inner, outputs = groups * width * group_width // 64, 4 * width
+        inner = groups * width * group_width // 64  # RN: width; ResNeXt-50 32x4d: 2 width
+        outputs = 4 * width
         self.conv1 = conv(inputs, inner, 1)
         self.bn1 = norm(inner)
         self.act1 = act()
@@ -109,18 +110,20 @@ class ResNet(Normalised):
                  width=64, groups=1, group_width=64):
         super().__init__()
         if stochastic_depth:
-            raise SystemExit("--stochastic-depth is for EfficientNets; a ResNet of SAT has none")
+            raise SystemExit("--stochastic-depth is for EfficientNets, SAT's ResNets have none; drop it")
         self.conv1 = conv(3, width, 3) if small_input else conv(3, width, 7, 2)
         self.bn1 = norm(width)
         self.act = act()
         self.maxpool = nn.Identity() if small_input else nn.MaxPool2d(3, 2, padding=1)
-        inputs, self.n_stages = width, len(depths)
+        self.n_stages = len(depths)
+        inputs = width
         for s, depth in enumerate(depths):
+            stage_width = width * 2**s
             blocks = []
             for b in range(depth):
                 stride = 2 if s > 0 and b == 0 else 1
-                blocks.append(block(inputs, width << s, stride, groups, group_width, act, norm))
-                inputs = (width << s) * block.expansion
+                blocks.append(block(inputs, stage_width, stride, groups, group_width, act, norm))
+                inputs = stage_width * block.expansion
             self.add_module(f"layer{s + 1}", nn.Sequential(*blocks))
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(inputs, num_classes)
@@ -135,19 +138,30 @@ class ResNet(Normalised):
         x = self.maxpool(self.act(self.bn1(self.conv1(x))))
         for s in range(self.n_stages):
             x = self.get_submodule(f"layer{s + 1}")(x)
-        return self.fc(self.dropout(x.mean((2, 3))))  # (N, C, H, W) -> (N, C) -> (N, K)
+        x = x.mean((2, 3))  # (N, C, H, W) -> (N, C)
+        return self.fc(self.dropout(x))  # (N, C) -> (N, K)
 
 
 # EfficientNet
 
-STAGES = (  # EN Table 1: expansion, kernel, stride, width, depth at B0
-    (1, 3, 1, 16, 1),
-    (6, 3, 2, 24, 2),
-    (6, 5, 2, 40, 2),
-    (6, 3, 2, 80, 3),
-    (6, 5, 1, 112, 3),
-    (6, 5, 2, 192, 4),
-    (6, 3, 1, 320, 1),
+class Stage(NamedTuple):
+    """A row of EN Table 1, as it is at B0."""
+
+    expansion: int
+    kernel: int
+    stride: int
+    width: int
+    depth: int
+
+
+STAGES = (
+    Stage(expansion=1, kernel=3, stride=1, width=16, depth=1),
+    Stage(expansion=6, kernel=3, stride=2, width=24, depth=2),
+    Stage(expansion=6, kernel=5, stride=2, width=40, depth=2),
+    Stage(expansion=6, kernel=3, stride=2, width=80, depth=3),
+    Stage(expansion=6, kernel=5, stride=1, width=112, depth=3),
+    Stage(expansion=6, kernel=5, stride=2, width=192, depth=4),
+    Stage(expansion=6, kernel=3, stride=1, width=320, depth=1),
 )
 
 
@@ -167,7 +181,9 @@ class SqueezeExcitation(nn.Module):
         self.fc2 = nn.Conv2d(squeezed, width, 1)
 
     def forward(self, x):
-        return x * torch.sigmoid(self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))))
+        mean = x.mean((2, 3), keepdim=True)  # (N, C, H, W) -> (N, C, 1, 1)
+        gate = self.fc2(self.act(self.fc1(mean)))
+        return x * torch.sigmoid(gate)
 
 
 class MBConv(nn.Module):
@@ -176,17 +192,21 @@ class MBConv(nn.Module):
     def __init__(self, inputs, outputs, expansion, kernel, stride, drop, act, norm):
         super().__init__()
         inner = round_width(inputs * expansion)
-        expand = [nn.Sequential(conv(inputs, inner, 1), norm(inner), act())] if expansion > 1 else []
-        self.block = nn.Sequential(
-            *expand,
-            nn.Sequential(conv(inner, inner, kernel, stride, groups=inner), norm(inner), act()),
-            SqueezeExcitation(inner, max(1, inputs // 4), act),
-            nn.Sequential(conv(inner, outputs, 1), norm(outputs)))
+        layers = []
+        if expansion > 1:
+            layers.append(nn.Sequential(conv(inputs, inner, 1), norm(inner), act()))
+        depthwise = conv(inner, inner, kernel, stride, groups=inner)
+        layers.append(nn.Sequential(depthwise, norm(inner), act()))
+        layers.append(SqueezeExcitation(inner, max(1, inputs // 4), act))
+        layers.append(nn.Sequential(conv(inner, outputs, 1), norm(outputs)))
+        self.block = nn.Sequential(*layers)
         self.residual = stride == 1 and inputs == outputs
         self.stochastic_depth = StochasticDepth(drop, "row")
 
     def forward(self, x):
-        return x + self.stochastic_depth(self.block(x)) if self.residual else self.block(x)
+        if self.residual:
+            return x + self.stochastic_depth(self.block(x))
+        return self.block(x)
 
 
 class EfficientNet(Normalised):
@@ -194,19 +214,26 @@ class EfficientNet(Normalised):
 
     def __init__(self, width, depth, act, norm, num_classes, dropout, stochastic_depth, small_input):
         super().__init__()
-        repeats = [math.ceil(depth * stage[-1]) for stage in STAGES]
+        n_blocks = sum(math.ceil(depth * stage.depth) for stage in STAGES)
         inputs = round_width(32 * width)
-        features = [nn.Sequential(conv(3, inputs, 3, 1 if small_input else 2), norm(inputs), act())]
-        for (expansion, kernel, stride, channels, _), repeat in zip(STAGES, repeats):
-            blocks, outputs = [], round_width(channels * width)
-            for b in range(repeat):
-                drop = stochastic_depth * (sum(map(len, features[1:])) + b) / sum(repeats)
-                blocks.append(MBConv(inputs, outputs, expansion, kernel, stride, drop, act, norm))
-                inputs, stride = outputs, 1
+        stem = conv(3, inputs, 3, stride=1 if small_input else 2)
+        features = [nn.Sequential(stem, norm(inputs), act())]
+        n_made = 0
+        for stage in STAGES:
+            outputs = round_width(stage.width * width)
+            blocks = []
+            for b in range(math.ceil(depth * stage.depth)):
+                stride = stage.stride if b == 0 else 1
+                drop = stochastic_depth * n_made / n_blocks  # from 0 at the first block
+                blocks.append(MBConv(inputs, outputs, stage.expansion, stage.kernel, stride, drop,
+                                     act, norm))
+                inputs = outputs
+                n_made += 1
             features.append(nn.Sequential(*blocks))
-        features.append(nn.Sequential(conv(inputs, 4 * inputs, 1), norm(4 * inputs), act()))
+        head = 4 * inputs
+        features.append(nn.Sequential(conv(inputs, head, 1), norm(head), act()))
         self.features = nn.Sequential(*features)
-        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(4 * inputs, num_classes))
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(head, num_classes))
 
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -214,17 +241,19 @@ class EfficientNet(Normalised):
                 nn.init.normal_(m.weight, std=math.sqrt(2 / fan_out))
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
-        nn.init.uniform_(self.classifier[1].weight, -num_classes**-0.5, num_classes**-0.5)
+        bound = num_classes**-0.5
+        nn.init.uniform_(self.classifier[1].weight, -bound, bound)
         nn.init.zeros_(self.classifier[1].bias)
 
     def classify(self, x):
-        return self.classifier(self.features(x).mean((2, 3)))  # (N, C, H, W) -> (N, C) -> (N, K)
+        x = self.features(x).mean((2, 3))  # (N, 3, H, W) -> (N, C)
+        return self.classifier(x)  # (N, C) -> (N, K)
 
 
 # The dict of names
 
 class Arch(NamedTuple):
-    """How to make a network, its native resolution and its own dropout rate."""
+    """How to make a network, its native resolution in pixels, and its own dropout rate."""
 
     make: partial
     res: int
@@ -253,7 +282,7 @@ MODELS = {
     "resnext50_32x8d": resnet(Bottleneck, 3, 4, 6, 3, groups=32, group_width=8),  # 48.0M
     "resnext101_32x8d": resnet(Bottleneck, 3, 4, 23, 3, groups=32, group_width=8),  # 88.8M
     "resnext152_32x8d": resnet(Bottleneck, 3, 8, 36, 3, groups=32, group_width=8),  # 122.4M
-    # width, depth, resolution, dropout: EN's released code; l1 and l2 from SAT's
+    # width, depth, resolution, dropout: EN's released code; l1 from SAT's
     "efficientnet_b0": efficientnet(1.0, 1.0, 224, 0.2),  # 5.3M
     "efficientnet_b1": efficientnet(1.0, 1.1, 240, 0.2),  # 7.8M
     "efficientnet_b2": efficientnet(1.1, 1.2, 260, 0.3),  # 9.1M
@@ -263,7 +292,6 @@ MODELS = {
     "efficientnet_b6": efficientnet(1.8, 2.6, 528, 0.5),  # 43.0M
     "efficientnet_b7": efficientnet(2.0, 3.1, 600, 0.5),  # 66.3M
     "efficientnet_l1": efficientnet(3.9, 3.7, 600, 0.5),  # 272.6M
-    "efficientnet_l2": efficientnet(4.3, 5.3, 800, 0.5),  # 480.3M
 }
 
 
@@ -276,75 +304,71 @@ def build(arch, act="relu", num_classes=1000, act_alpha=None, smooth_backward=Fa
     """
     if arch not in MODELS:
         raise SystemExit(f"--arch {arch} is unknown; use one of {', '.join(MODELS)}")
-    site = partial(make_act, act, act_alpha, smooth_backward)  # a fresh activation at every site
+    fresh_act = partial(make_act, act, act_alpha, smooth_backward)  # called once for every site
     norm = partial(nn.BatchNorm2d, eps=bn_eps, momentum=bn_momentum)
-    return MODELS[arch].make(act=site, norm=norm, num_classes=num_classes, dropout=dropout,
+    return MODELS[arch].make(act=fresh_act, norm=norm, num_classes=num_classes, dropout=dropout,
                              stochastic_depth=stochastic_depth, small_input=small_input)
 
 
-def attacker_view(train_net, smooth_backward=False, batch_stats=False):
+# Two views of one network
+
+def attacker_view(train_net, smooth_backward=False):
     """A second module tree over train_net's storage: eval mode, frozen parameters, its buffers.
 
-    An attack through it computes no weight gradient, also when compiled, changes no BatchNorm statistic,
-    no mode and no DDP state. smooth_backward: of this view alone, the attacker's half of Table 1.
-    batch_stats: BatchNorm normalises by the batch, records nothing. Make it after `.to(device)`, never
-    move it.
+    An attack through it computes no weight gradient, also when compiled, and changes no BatchNorm
+    statistic, no mode and no DDP state. smooth_backward holds for this view alone: the attacker's half
+    of Table 1. Make it after the network is on its device; never move or re-assign either afterwards.
     """
+    # deepcopy takes these for its copies: the tree is new, the tensors are shared
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in train_net.parameters()}
     shared |= {id(b): b for b in train_net.buffers()}
     view = copy.deepcopy(train_net, shared).eval()
-    relus = [m for m in view.modules() if isinstance(m, ReLU)]
+
+    relus = [module for module in view.modules() if isinstance(module, ReLU)]
     if smooth_backward and not relus:
-        raise SystemExit("--smooth-backward is for ReLU, this network has none; use --act relu")
+        raise SystemExit("--smooth-backward is for ReLU and this network has none; use --act relu")
     for relu in relus:
         relu.smooth_backward = smooth_backward
-    for m in view.modules():
-        if batch_stats and isinstance(m, nn.BatchNorm2d):
-            m.running_mean = m.running_var = m.num_batches_tracked = None
     return view
 
 
-def averaged(net):
-    """torch's running average of weights and buffers, with decay min(0.9999, (1 + t) / (10 + t))."""
-    def average(means, news, _):
-        if means[0].is_floating_point():
-            t = int(ema.n_averaged)
-            torch._foreach_lerp_(means, news, 1 - min(0.9999, (1 + t) / (10 + t)))
-        else:
-            torch._foreach_copy_(means, news)
-
-    ema = AveragedModel(net, multi_avg_fn=average, use_buffers=True)
-    return ema
+def shares_storage(net, view):
+    """Whether every parameter and buffer of the view lies where the network's does."""
+    net_tensors = [*net.parameters(), *net.buffers()]
+    view_tensors = [*view.parameters(), *view.buffers()]
+    return [t.data_ptr() for t in net_tensors] == [t.data_ptr() for t in view_tensors]
 
 
-def share_statistics(net, world):
-    """Average BatchNorm's running statistics over the ranks: all attack and save one network."""
-    statistics = [b for name, b in net.named_buffers() if "running" in name]
-    if world > 1:
-        flat = torch.cat(statistics)
-        dist.all_reduce(flat)
-        torch._foreach_copy_(statistics, list((flat / world).split([len(b) for b in statistics])))
-
-
-# How a network runs, and where its weights come from
+# How a network runs
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-LOSS_SCALE = {"fp16": 128.0}  # of an attack, 1 elsewhere; the released code's
+
+
+def set_numerics(dtype):
+    """Once at the start: TF32 only where asked for, subnormal numbers are 0.
+
+    The tail of a smooth curve makes subnormal numbers, and a CPU is many times slower on those.
+    Backward passes run outside of `precision`, so TF32 has to be off globally too.
+    """
+    torch.set_flush_denormal(True)
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
 
 
 @contextlib.contextmanager
 def precision(dtype, device):
     """What runs inside runs in fp32 (TF32 off), tf32, or under bf16 or fp16 autocast."""
-    knobs = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [knob.allow_tf32 for knob in knobs]  # not the newer names: the compiler reads these
-    for knob in knobs:
-        knob.allow_tf32 = dtype == "tf32"
+    # Not torch's newer names for these switches: the compiler reads the old ones
+    matmul_before = torch.backends.cuda.matmul.allow_tf32
+    cudnn_before = torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     try:
         with torch.autocast(device.type, AUTOCAST.get(dtype), enabled=dtype in AUTOCAST):
             yield
     finally:
-        for knob, was in zip(knobs, before):
-            knob.allow_tf32 = was
+        torch.backends.cuda.matmul.allow_tf32 = matmul_before
+        torch.backends.cudnn.allow_tf32 = cudnn_before
 
 
 def in_precision(net, dtype, device):
@@ -354,6 +378,8 @@ def in_precision(net, dtype, device):
             return net(x)
     return model
 
+
+# Where weights come from
 
 def load_file(path):
     """A file of tensors and plain Python, on the CPU. SystemExit if missing, damaged, anything else."""
@@ -365,60 +391,56 @@ def load_file(path):
                 raise ValueError(f"{damaged} does not match its checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise SystemExit(f"no file {path}; train first, or say where with --out or --weights")
-    except Exception as error:  # a dozen kinds, according to where the damage is
+        raise SystemExit(f"no file {path}; train first, or say where it is with --out or --weights")
+    except Exception as error:  # a dozen kinds, depending on where the damage is
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise SystemExit(f"{path} is damaged or not a file of weights ({reason})")
+        raise SystemExit(f"{path} is damaged or not a file of weights ({reason}); give another file")
+
+
+def read_state_dict(path):
+    """{name: tensor} from a state dict: bare, under "model" or "state_dict", with or without "module.".
+
+    SystemExit if the file holds none, or a weight that is not finite.
+    """
+    state = load_file(path)
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    weights = {}
+    if isinstance(state, dict):
+        for name, tensor in state.items():
+            if torch.is_tensor(tensor):
+                weights[str(name).removeprefix("module.")] = tensor
+    if not weights:
+        raise SystemExit(f"{path} holds no state dict; give a file of named weights, such as a model.pt")
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise SystemExit(f"{path}: {name} is not finite; give weights from before training diverged")
+    return weights
 
 
 def load_weights(net, path):
-    """Load a state dict, bare or under "model" or "state_dict". SystemExit if it does not fit."""
-    state = load_file(path)
-    for name in ("model", "state_dict"):
-        state = state.get(name, state) if isinstance(state, dict) else {}
-    state = {name.removeprefix("module."): t for name, t in state.items() if torch.is_tensor(t)}
-    mine = {name: tuple(t.shape) for name, t in net.state_dict().items()}
-    theirs = {name: tuple(t.shape) for name, t in state.items()}
-    odd = sorted(name for name in mine | theirs if mine.get(name) != theirs.get(name))
-    if odd:
+    """Load a file that `read_state_dict` can read. SystemExit unless every tensor fits."""
+    found = read_state_dict(path)
+    wanted = net.state_dict()
+    differ = []
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found or name not in wanted or found[name].shape != wanted[name].shape:
+            differ.append(name)
+    if differ:
+        name = differ[0]
+        in_file = tuple(found[name].shape) if name in found else "absent"
+        in_net = tuple(wanted[name].shape) if name in wanted else "absent"
         raise SystemExit(
-            f"{path} does not fit this network: {len(odd)} of {len(mine)} tensors differ, e.g. "
-            f"{odd[0]}, {theirs.get(odd[0], 'absent')} in the file, {mine.get(odd[0], 'absent')} here; "
-            "give the --arch, --act and --data that the weights were trained with")
-    net.load_state_dict(state)
+            f"{path} does not fit this network: {len(differ)} tensors differ, e.g. {name}, {in_file} in "
+            f"the file and {in_net} in the network; use the --arch, --act and --data of its training")
+    net.load_state_dict(found)
 
 
-def save_file(path, content):
-    """Write tensors under a temporary name, flush, rename: path is whole, old or new, at any moment.
-
-    The last.pt before stays as last.prev.pt. SystemExit where the disk is full or not ours.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.name == "last.pt" and path.exists():
-            path.replace(path.with_name("last.prev.pt"))
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise SystemExit(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full? What "
-                         "was written before is whole; make room, then go on with --resume")
-
-
-def count(net, res):
-    """Of a net on the meta device -> parameters; of an image: FLOPs forward, bytes kept for backward."""
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with FlopCounterMode(display=False) as counter, hooks:
-        net(torch.empty(2, 3, res, res, device="meta"))
-    n_bytes = sum(tensor.nbytes for tensor in kept.values() if tensor.shape[:1] == (2,))
-    return sum(p.numel() for p in net.parameters()), counter.get_total_flops() / 2, n_bytes / 2
+def weights_hash(net):
+    """A hex digest of all weights and buffers, the same on every device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]

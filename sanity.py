@@ -1,520 +1,1917 @@
 """
-Doubt a robustness number, and draw what there is to see (SAT, arXiv:2006.14536).
+Doubt a robustness number, compare runs, count what they cost, and draw (SAT, arXiv:2006.14536).
 
-$ python sanity.py report --out out  # every doubt of Sec. 6, a verdict each; exit code 1 on a FAIL
+Is this number to be trusted? Every doubt of SAT Sec. 6 and more, a verdict each:
+$ python sanity.py report --out out
+Is an idea better than its baseline? Runs of several seeds, in pairs:
+$ python sanity.py compare out/silu-0 out/silu-1 out/silu-2 --against out/relu-0 out/relu-1 out/relu-2
+What do the attack and each activation cost here, and what a whole run? With train.py's flags:
+$ python sanity.py cost --data shapes
+$ python sanity.py plan --arch efficientnet_l1 --enhanced
+The figures:
 $ python sanity.py landscape --out out/silu --against out/relu  # the loss around images, Fig. 5
 $ python sanity.py gallery --out out  # images before and after the attack
 $ python sanity.py activations  # the curves, and what they cost, Figs. 1 and 2
 $ python sanity.py curves out/relu out/silu  # runs over their epochs
-$ python sanity.py scatter results/*.json  # reports of evaluate.py beside SAT's, Figs. 3 and 4
-$ python sanity.py cost --data shapes  # what the attack and each activation cost here
-The first three take evaluate.py's flags too, the last train.py's. SAT is the paper, numbered as there.
+$ python sanity.py scatter out/*/eval/*.json  # clean and robust accuracy of many nets, Figs. 3 and 4
+$ python sanity.py forest results/*.json  # what several `compare --json` have found
+
+`report` exits with 0 if no doubt FAILs and there is evidence enough, with 1 on a FAIL, with 2 if a doubt
+is UNSURE: more images are needed.
+
+Keys: SAT is the paper, its sections and figures numbered as there. CA is Carlini et al. 2019
+(arXiv:1902.06705), whose advice SAT Sec. 6 follows.
 """
 import argparse
-import itertools
 import json
+import math
 import time
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import evaluate
 import train
 from activations import ACTIVATIONS, make_act
-from attacks import START, autoattack, cross_entropy, input_gradient, pgd, pgd_queue, uniform
-from evaluate import PAPER, PGD, progress, say, wilson
-from models import attacker_view, in_precision
-
-# Drawing: one figure, one way to draw an axis
-
-FINE = 4  # shapes are drawn this many times finer, then averaged; text comes last, at the final size
-INK, FAINT = (30, 30, 30), (224, 224, 224)
-# Okabe and Ito's colours without the yellow, for all eyes; dashes tell them apart in grey
-COLOURS = "#000000", "#D55E00", "#0072B2", "#009E73", "#56B4E9", "#E69F00", "#CC79A7"
-DASHES = (9999, 1), (7, 5), (10, 4, 2, 4), (2, 3)
-VIRIDIS = (68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)
-
-
-class Figure:
-    """A white picture, `scale` pixels a unit; (0, 0) is its upper left corner."""
-
-    def __init__(self, width, height, scale):
-        self.scale, self.fine, self.words = scale, scale * FINE, []
-        self.image = Image.new("RGB", [round(size * scale) * FINE for size in (width, height)], "white")
-        self.pen = ImageDraw.Draw(self.image)
-
-    def line(self, points, colour=INK, width=1.0, style=0):
-        points, dash = np.asarray(points) * self.fine, np.array(DASHES[style % 4]) * self.fine
-        along = np.r_[0, np.hypot(*np.diff(points, axis=0).T).cumsum()]
-        ends = np.r_[0, np.tile(dash, int(along[-1] / dash.sum()) + 1).cumsum()].clip(max=along[-1])
-        for a, b in zip(ends[::2], ends[1::2]):
-            at = np.r_[a, along[(a < along) & (along < b)], b]
-            piece = np.stack([np.interp(at, along, p) for p in points.T], axis=1)
-            self.pen.line(piece.ravel().tolist(), colour, round(width * self.fine), joint="curve")
-
-    def disc(self, x, y, radius, fill, edge=None):
-        corners = np.array([x - radius, y - radius, x + radius, y + radius]) * self.fine
-        self.pen.ellipse(corners.tolist(), fill, edge, round(1.5 * self.fine))
-
-    def paste(self, pixels, left, top, width, height):
-        left, top, width, height = (round(k * self.fine) for k in (left, top, width, height))
-        self.image.paste(Image.fromarray(pixels).resize((width, height), Image.NEAREST), (left, top))
-
-    def text(self, x, y, words, anchor="ms", size=12, colour=INK):
-        self.words.append(((x * self.scale, y * self.scale), words, anchor, size * self.scale, colour))
-
-    def save(self, path):
-        image = self.image.reduce(FINE)
-        for at, words, anchor, size, colour in self.words:
-            ImageDraw.Draw(image).text(at, words, colour, ImageFont.load_default(size), anchor)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-        say(path)
-
-
-def ticks(lo, hi, most):
-    """Round numbers from lo to hi, about `most`: multiples of 1, 2 or 5 times a power of ten."""
-    unit = 10 ** np.floor(np.log10((hi - lo) / most))
-    unit *= next(k for k in (1, 2, 5, 10) if (hi - lo) / (k * unit) <= most)
-    return (np.arange(np.ceil(lo / unit - 1e-9), np.floor(hi / unit + 1e-9) + 1) * unit).round(12) + 0.0
-
-
-def axis(fig, start, end, lo, hi, label, out, grid=0):
-    """A line from start to end that counts from lo to hi; `out`: a unit vector, away from the data."""
-    start, end, out = np.array(start), np.array(end), np.array(out)
-    upright = abs(out[0]) == 1
-    anchor = "rml"[1 + int(np.sign(out[0]))] + ("m" if upright else "a")
-    for mark in ticks(lo, hi, np.hypot(*(end - start)) / (32 if upright else 48)):
-        at = start + (mark - lo) / (hi - lo) * (end - start)
-        fig.line([at - grid * out, at], FAINT)
-        fig.line([at, at + 4 * out])
-        fig.text(*(at + 7 * out), f"{mark:.6g}", anchor)
-    fig.line([start, end])
-    middle = (start + end) / 2 + (24 if out[0] == 0 else 36) * out
-    fig.text(*(end - (0, 9) if upright else middle), label, "ms" if upright else anchor)
-
-
-def axes(fig, box, xs, ys, xlabel, ylabel, title="", room=0.0, grid=True):
-    """Two axes around box = (left, top, right, bottom), with room -> place(x, y), data to figure."""
-    left, top, right, bottom = box
-    xs, ys = (np.array([-room, room]) * (np.ptp(v) or 10) + [np.min(v), np.max(v)] for v in (xs, ys))
-    fig.text((left + right) / 2, top - 28, title, "ms", 13)
-    axis(fig, (left, bottom), (right, bottom), *xs, xlabel, (0, 1), grid * (bottom - top))
-    axis(fig, (left, bottom), (left, top), *ys, ylabel, (-1, 0), grid * (right - left))
-    return lambda x, y: np.stack([np.interp(x, xs, (left, right)), np.interp(y, ys, (bottom, top))], -1)
-
-
-def plots(args, path, names, columns, panels):
-    """Panels (title, xlabel, ylabel, lines) in rows; lines (x, y), one a name, with dots if short."""
-    fig = Figure(340 * columns + 240, 340 * (len(panels) // columns) + 20, args.scale)
-    for p, (title, xlabel, ylabel, lines) in enumerate(panels):
-        left, top = 60 + 340 * (p % columns), 60 + 340 * (p // columns)
-        xs, ys = (np.concatenate([line[k] for line in lines]) for k in (0, 1))
-        place = axes(fig, (left, top, left + 270, top + 240), xs, ys, xlabel, ylabel, title, 0.05)
-        for i, (x, y) in enumerate(lines):
-            fig.line(place(x, y), COLOURS[i % 7], 2, i)
-            for point in place(x, y) if len(x) < 40 else ():
-                fig.disc(*point, 3, COLOURS[i % 7])
-    for i, name in enumerate(names):  # beside the axes, never on the data
-        x, y = 340 * columns + 30, 70 + 20 * i
-        fig.line([(x, y), (x + 34, y)], COLOURS[i % 7], 2, i)
-        fig.text(x + 42, y, name, "lm")
-    fig.save(args.png or path)
-
-
-def viridis(v):
-    """Numbers (...) in [0, 1] -> (..., 3) uint8 colours whose lightness rises evenly."""
-    return np.stack([np.interp(v, np.linspace(0, 1, 5), c) for c in zip(*VIRIDIS)], -1).astype(np.uint8)
-
-
-def heat_map(fig, box, z, lo, hi):
-    """z (n, n), first index to the right, second up, in colours from lo to hi, with contour lines."""
-    left, top, right, bottom = box
-    n, size = len(z) - 0.5, [round(k * fig.fine) for k in (right - left, bottom - top)]
-    field = np.asarray(Image.fromarray(z.T[::-1].copy()).resize(size, Image.BILINEAR, (0.5, 0.5, n, n)))
-    pixels, slope = viridis((field - lo) / (hi - lo)), np.hypot(*np.gradient(field))
-    for level in ticks(lo, hi, (bottom - top) / 32):  # a line is what is within half its width
-        pixels[np.abs(field - level) < slope * fig.fine / 2] = 255 if level < (lo + hi) / 2 else 0
-    fig.paste(pixels, left, top, right - left, bottom - top)
-
-
-def surface_3d(fig, x, y, size, z, lo, hi, unit, labels):
-    """z (n, n) as a shaded surface, farthest patch first; (x, y) is the middle of its floor."""
-    def place(a, b, c):  # a and b from -1 to 1, c from 0 to 1
-        across, depth = 0.75 * a - 0.66 * b, 0.66 * a + 0.75 * b
-        return np.stack([x + size * across, y - size * (0.42 * depth + 1.1 * c)], -1)
-    n, c = len(z) - 1, (z - lo) / (hi - lo)
-    points = place(np.linspace(-1, 1, n + 1)[:, None], np.linspace(-1, 1, n + 1), c) * fig.fine
-    slope_a, slope_b = np.gradient(c, 2 / n)
-    light = (0.45 * slope_a - 0.25 * slope_b + 0.85) / np.sqrt(1 + slope_a**2 + slope_b**2)
-    colours = (viridis(c) * (0.55 + 0.45 * light.clip(0, 1))[..., None]).astype(int)
-    for i, j in np.argwhere(np.ones((n, n)))[::-1]:
-        patch = points[[i, i + 1, i + 1, i], [j, j, j + 1, j + 1]].ravel().tolist()
-        fig.pen.polygon(patch, tuple(colours[i, j]), tuple(colours[i, j] * 9 // 10))
-    axis(fig, place(-1, -1, 0), place(1, -1, 0), -unit, unit, labels[0], (0.45, 0.89))
-    axis(fig, place(-1, -1, 0), place(-1, 1, 0), -unit, unit, labels[1], (-0.45, 0.89))
-    axis(fig, place(-1, 1, 0), place(-1, 1, 1), lo, hi, labels[2], (-1, 0))
-
-
-def derivatives(act, x):
-    """The curve at x (n,) float64, its slope and its curvature, by autograd -> (3, n)."""
-    y = act.double()(x := x.clone().requires_grad_())
-    slope, = torch.autograd.grad(y.sum(), x, create_graph=True)
-    curvature = torch.autograd.grad(slope.sum(), x)[0] if slope.requires_grad else torch.zeros_like(x)
-    return torch.stack([y, slope, curvature]).detach()
-
-
-def act_cost(act, x):
-    """Seconds forward and backward; bytes that an element of x costs in memory between the two."""
-    kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), kept.get):
-        act(x)
-    saved, began = sum(t.nbytes for t in kept.values()) / x.numel(), train.clock(x.device, True)
-    y, middle = act(x), train.clock(x.device, True)
-    torch.autograd.grad(y, [x, *act.parameters()], x)
-    return middle - began, train.clock(x.device, True) - middle, saved
-
-
-def activations(args):
-    torch.set_num_threads(1)  # threads that wait for each other would hide what a curve costs
-    device, _, _ = evaluate.open_device("auto")
-    x = torch.randn(2**17 if device.type == "cpu" else 2**24, device=device, requires_grad=True)
-    acts = [make_act(name).to(device) for name in ACTIVATIONS]
-    costs = np.median([[act_cost(act, x) for act in acts] for _ in range(103)][2:], axis=0)  # 2 warm up
-    say(f"{f'on {device}':<11}class  jump of f'(0)  largest f''  saved bytes fwd/ReLU  bwd/ReLU")
-    around = torch.cat([torch.tensor([-1e-9, 1e-9]), torch.linspace(-6, 6, 12001)]).double()
-    for name, (forward, backward, saved) in zip(ACTIVATIONS, costs / (*costs[0, :2], 1)):
-        _, slope, curvature = derivatives(make_act(name), around)
-        jump, kink = slope[1] - slope[0], curvature[1] - curvature[0]
-        kind = "C0" if jump.abs() > 1e-3 else "C1" if kink.abs() > 1e-3 else "C2+"
-        bend = torch.inf if kind == "C0" else curvature.abs().max()
-        say(f"{name:<11}{kind:<5}{jump:15.3f}{bend:13.3f}{saved:13.1f}{forward:9.2f}{backward:10.2f}")
-    shown = ("f(x)", "Activations"), ("f '(x)", "Derivatives")
-    places = [torch.linspace(-reach, reach, 801).double() for reach in (4, 0.3)]
-    plots(args, "out/activations.png", ACTIVATIONS, 2, [
-        (title, "x", label, [(at, derivatives(make_act(name), at)[k]) for name in ACTIVATIONS])
-        for at in places for k, (label, title) in enumerate(shown)])
-
-
-def curves(args):
-    logs, panels = [], []
-    for path in [Path(out) / "log.jsonl" for out in args.rest]:
-        if not path.exists():
-            raise SystemExit(f"no run in {path.parent} ({path} is missing); give folders of train.py")
-        logs.append([*map(json.loads, path.read_text().split("\n")[:-1])])  # the last may be torn
-    for kind, field, scale, label, title in (
-            ("epoch", "loss", 1, "cross-entropy", "Training loss, attacked images"),
-            ("val", "clean", 100, "accuracy (%)", "Clean accuracy, held-out images"),
-            ("val", "robust", 100, "accuracy (%)", "Robust accuracy, held-out images")):
-        seen = [[(v["epoch"], scale * v[field]) for v in log if v["kind"] == kind] for log in logs]
-        panels.append((title, "epoch", label, [np.transpose(points or [(0, 0)]) for points in seen]))
-    plots(args, Path(args.rest[0]) / "curves.png", args.rest, 3, panels)
-
-
-def scatter(args):
-    """A panel for each attack; a cross is two 95% intervals, a point's number is in the legend."""
-    panels, keys = {}, {}
-    for path in map(Path, args.rest):
-        r = json.loads(path.read_text()) if path.exists() else {}
-        if "n_robust" not in r:
-            say(f"{path} is no report of evaluate.py --json: left out")
-            continue
-        attack = {"pgd": f"PGD-{r.get('steps')}"}.get(r["attack"], r["attack"])
-        last = ", last iterate" * r.get("last_iterate", False)
-        panel = panels.setdefault(f"{r['data']}, {attack}{last}, eps {r['eps']:g}/255", {})
-        panel[r["arch"], r["act"], r["res"], str(path)] = 100 * np.array(
-            [(k / r["n"], *wilson(k, r["n"])) for k in (r["n_robust"], r["n_correct"])])
-        if (r["data"], r["eps"]) == ("imagenet", 4):
-            panel.update({(*key, ""): [[p[1]] * 3, [p[0]] * 3] for key, p in PAPER.items() if p[0]})
-    wide, high = min(3, len(panels)), -(-len(panels) // 3)
-    fig = Figure(540 * wide + 300, max(560 * high, 60 + 20 * sum(map(len, panels.values()))), args.scale)
-    for p, (title, panel) in enumerate(panels.items()):
-        left, top = 60 + 540 * (p % 3), 60 + 560 * (p // 3)
-        xs, ys = (np.ravel([rates[i] for rates in panel.values()]) for i in (0, 1))
-        place = axes(fig, (left, top, left + 480, top + 440), xs, ys, "robust accuracy (%)",
-                     "clean accuracy (%)", f"{title}; disc: ours, ring: SAT's", 0.1)
-        taken = [place(x[0], y[0]) for x, y in panel.values()]
-        for (*key, ours), (x, y), point in zip(panel, panel.values(), taken[:]):
-            for bar in (place(x[1:], [y[0]] * 2), place([x[0]] * 2, y[1:])):
-                fig.line(bar, COLOURS[2])
-            fig.disc(*point, 4.5, *((COLOURS[2], None) if ours else ("white", COLOURS[1])))
-            spots = [point + (r * a, r * b) for r in (9, 14, 19, 24) for a in (1, -1) for b in (-1, 1)]
-            room = [min(np.hypot(*(spot - t)) for t in taken) for spot in spots]
-            taken.append(spots[np.argmax(np.minimum(room, 12))])  # the nearest with room for a number
-            fig.text(*taken[-1], str(keys.setdefault(tuple(key), len(keys) + 1)), "mm", 10)
-    for (arch, act, res), number in keys.items():
-        fig.text(540 * wide + 60, 40 + 20 * number, f"{number}  {arch}, {act}, {res} px", "lm")
-    fig.save(args.png or Path(args.rest[0]).parent / "scatter.png")
-
+from attacks import (autoattack, cross_entropy, input_gradient, pgd, pgd_search, predict, random_start,
+                     uniform)
+from evaluate import make_folder, wilson
+from models import attacker_view, in_precision, precision, weights_hash
+from train import check_ranges, clock, device_name, duration, need, open_device, say, show
 
 # A trained net and its images
 
-SLOTS = 100  # images in work at a time
-MARKS = 1, 5, 10, 20, 50, 100, 200  # iterations to report
-RADII, SWEEP = (0, 1, 2, 4, 8, 16, 32, 64), 20  # eps in 1/255, steps at each
-parts = lambda *tensors: zip(*(t.split(SLOTS) for t in tensors))
+BATCH = 100  # images attacked at a time
 
 
-def open_run(args, limit):
-    """The run that evaluate.py's flags name: its net, its first test images, the attack's numbers."""
-    flags = evaluate.get_args(args.rest)
-    run = evaluate.find_run(flags)
-    run.device, _, _ = evaluate.open_device(flags.device)
-    run.images = data.load(run.data, run.data_dir, False, run.res, run.classes, device=run.device)
-    run.net, run.digest = evaluate.open_model(run, run.images, run.device)
-    members = data.subset(run.images.n, flags.limit or limit)
-    run.index, run.x, run.y = next(data.eval_batches(run.images, members, len(members), 0, run.device))
-    attack = zip((flags.eps, flags.step_size, flags.steps), PGD[run.data])
-    run.eps, run.step_size, run.steps = (b if a is None else a for a, b in attack)
-    return argparse.Namespace(**vars(run), out=run.weights.parent, json=flags.json)
-
-
-def other_net(path, run):
-    """The net of another folder, or of a file (like `run`'s unless args.json says), and its name."""
-    folder, weights = (Path(path), None) if Path(path).is_dir() else (Path(path).parent, path)
-    flags = dict(data=None, arch=None, act=None) if (folder / "args.json").exists() else vars(run)
-    other = evaluate.find_run(argparse.Namespace(**flags | dict(out=folder, weights=weights)))
-    return evaluate.open_model(other, run.images, run.device)[0], f"{other.arch} {other.act}"
-
-
-def pgd_from(net, index, x, y, eps, step_size, steps):
-    """PGD from evaluation's starts, eps and step_size in 1/255 -> its last iterates, as x."""
-    noise = (2 * uniform(0, index, (START, 0), x.shape[1:]) - 1) * eps / 255
-    sizes = eps / 255, step_size / 255, steps
-    return torch.cat([pgd(net, a, b, *sizes, c) for a, b, c in parts(x, y, noise)])
+def batches(*tensors):
+    """Pieces of BATCH rows, side by side, of tensors with one row an image."""
+    pieces = [tensor.split(BATCH) for tensor in tensors]
+    return zip(*pieces)
 
 
 @torch.no_grad()
 def logits_of(net, x):
-    return torch.cat([net(part).float() for part in x.split(SLOTS)])
+    return torch.cat([net(x_part).float() for x_part in x.split(BATCH)])
 
 
-# The doubts: SAT Sec. 6, and Carlini et al. 2019 (arXiv:1902.06705), which it follows
-
-def judge(what, hit, warn, fail, why, note=""):
-    """A doubt about a share of images, hit (n,) bool; past a bound is where all its 95% interval is."""
-    k, n, most = int(hit.sum()), len(hit), warn < fail
-    low, high = wilson(k, n)
-    failed, warned = (low > bound if most else high < bound for bound in (fail, warn))
-    verdict = "FAIL" if failed else "WARN" if warned else "PASS" if n else "SKIP"
-    return dict(verdict=verdict, what=what, measured=f"{k / max(n, 1):.1%} of {n}{note}", why=why,
-                wanted=f"at {'most' if most else 'least'} {100 * warn:.3g}%")
+def pgd_from(net, index, x, y, eps, step_size, steps):
+    """PGD from evaluation's starts, eps and step_size in 1/255 -> its last iterates, as x."""
+    x_adv = []
+    for index_part, x_part, y_part in batches(index, x, y):
+        noise = random_start(x_part, eps / 255, seed=0, index=index_part)
+        x_adv.append(pgd(net, x_part, y_part, eps=eps / 255, step_size=step_size / 255, steps=steps,
+                         noise=noise))
+    return torch.cat(x_adv)
 
 
-def doubts(net, index, x, y, eps, step_size, surrogate=None, normal=None, watch=lambda *where: None):
-    """All ways to doubt a net in eval mode, on images sorted by index; eps, step_size in 1/255."""
-    def fall(what, net, chosen, eps, step_size, steps, **more):
-        """The step at which each image fell in the work queue: inf if robust, -1 if wrong as it is."""
-        lines, batches = [], parts(index[chosen], x[chosen], y[chosen])
-        for line in pgd_queue(net, batches, SLOTS, eps / 255, step_size / 255, steps, **more,
-                              tick=lambda: watch(what, len(lines), len(y[chosen]))):
-            lines.append(line)
-        lines.sort(key=lambda line: line["index"])
-        return torch.tensor([line["fell"][1] if line["fell"] else inf if line["clean"] == line["label"]
-                             else -1 for line in lines], device=x.device)
+def open_run(args, limit):
+    """The run that evaluate.py's flags name: its net, its first test images, the attack's numbers.
 
-    # The net by itself
-    inf, logits, again = torch.inf, logits_of(net, x), logits_of(net, x)
-    right, chance = logits.argmax(1) == y, 1 / logits.shape[1]
-    yield judge("right on clean images", right, 2 * chance, chance, "guessing leaves nothing to attack")
-    drift = (again - logits).abs().amax(1) > 1e-4 * logits.abs().amax(1)
-    yield judge("two calls differ", drift, 0, 0.1, "a random net hides its slope; a verdict is one draw")
-    odd = ~logits.isfinite().all(1) | (logits.amin(1) >= 0) & ((logits.sum(1) - 1).abs() < 1e-4)
-    yield judge("outputs that are no logits", odd, 0, 0.1, "a second softmax flattens the loss")
-    low = logits_of(in_precision(net, "bf16", x.device), x).argmax(1)
-    yield judge("bf16 decides otherwise", low != logits.argmax(1), 0.05, 0.2, "rounding decides")
-    batch = logits_of(attacker_view(net, batch_stats=True), x).argmax(1) == y
-    yield judge("right by batch statistics only", batch & ~right, 0.1, 0.3, "BatchNorm is off")
-    slopes = [input_gradient(net, a, lambda z: cross_entropy(z, b))[1] for a, b in parts(x, y)]
-    zero = (torch.cat(slopes) == 0).flatten(1).float().mean(1) > 0.05
-    yield judge("zeros in the input gradient", zero[right], 0.02, 0.1, "saturated or rounded")
-    # Iterations, from one run
-    fell = fall("iterations", net, slice(None), eps, step_size, max(MARKS))
-    curve = "; after " + ", ".join(f"{k}: {(fell > k).float().mean():.1%}" for k in MARKS)
-    yield judge("fooled by noise", fell[right] == 0, 0.1, 0.3, "a random start is no attack")
-    yield judge("fooled by steps 1 to 200", fell[fell > 0] < inf, 0.05, 0.02, "PGD is blind", curve)
-    yield judge("fooled by steps 101 to 200", fell[fell > 100] < inf, 0.05, 0.2, "PGD has not converged")
-    yield judge("robust", fell[right] == inf, 0.1, 0.05, "there is no robustness to doubt")
-    once = fall("PGD-1", net, slice(None), eps, eps, 1)
-    yield judge("PGD-1 fools, PGD-50 does not", ((fell > 50) & (once <= 1))[right], 0.02, 0.1, "masked")
-    yield judge("robust to PGD-1, and to PGD-50", (fell > 50)[once > 1], 0.5, 0.25, "one-step overfit")
-    falls = [fall(f"eps {e}", net, right, e, max(1, 2.5 * e / SWEEP), SWEEP) for e in RADII]
-    stand = torch.stack(falls) == inf
-    curve = "; eps " + ", ".join(f"{e}: {k / len(y):.1%}" for e, k in zip(RADII, stand.sum(1)))
-    lost = (stand[1:] & ~stand[:-1]).any(0)
-    yield judge("falls to an eps, not to the next", lost, 0.05, 0.15, "a larger eps does less", curve)
-    yield judge(f"robust at eps {RADII[-1]}", stand[-1], 0.05, 0.15, "it drowns the image")
-    # Other attacks, on what PGD left
-    left, by = fell == inf, []
-    more = fall("restarts", net, left, eps, step_size, 20, restarts=4, seed=1)
-    yield judge("left, then fooled by 4 restarts", more < inf, 0.05, 0.2, "PGD depends on luck")
-    for a, b, i in parts(x[left], y[left], index[left]):
-        tell = lambda name, step, steps, n: watch(name, len(by) + len(b) * step / steps, int(left.sum()))
-        attacks = dict(attacks=("apgd-ce", "square"), queries=1000, progress=tell)
-        by += autoattack(net, a, b, eps / 255, i, **attacks)[1]["fooled_by"]
-    square = torch.tensor([name == "square" for name in by if name != "apgd-ce"])
-    yield judge("left, by APGD too; Square fools", square, 0.02, 0.1, "black box beats white: masked")
-    tried = left if surrogate else left & False
-    moved = pgd_from(surrogate or net, index[tried], x[tried], y[tried], eps, step_size, 50)
-    moved = logits_of(net, moved).argmax(1) != y[tried]
-    yield judge("left, then fooled by transfer", moved, 0.02, 0.1, "own slope is masked; --surrogate")
-    x_adv = pgd_from(net, index[right], x[right], y[right], eps, step_size, 10)
-    losses = [cross_entropy(logits_of(net, x[right].lerp(x_adv, k / 4)), y[right]) for k in range(5)]
-    rise = (torch.stack(losses).diff(dim=0) > 0).all(0)
-    yield judge("loss rises towards the attack", rise, 0.75, 0.5, "in 4 steps; else PGD is blind")
-    stood = fall("normal net", normal or net, slice(len(y) if normal else 0), eps, step_size, 50)
-    yield judge("a normal net stands", stood[stood >= 0] == inf, 0.05, 0.15, "PGD is too weak; --normal")
+    -> what evaluate.find_run finds, and net, digest, device, images; index, x, y of `--limit` or else
+    `limit` images; eps and step_size in 1/255, steps; out, the folder of the weights.
+    """
+    run = evaluate.find_run(args)
+    run.device, _, _ = open_device(args.device)
+    show(f"loading {run.data}")
+    run.images = data.load(run.data, run.data_dir, train=False, res=run.res, classes=run.classes,
+                           device=run.device)
+    run.net = evaluate.open_net(run, len(run.images.classes), run.device)
+    run.digest = weights_hash(run.net)
+    run.out = run.weights.parent
+    members = data.subset(run.images.n, args.limit or limit)
+    all_at_once = data.eval_batches(run.images, members, batch_size=len(members), device=run.device)
+    run.index, run.x, run.y = next(all_at_once)
+
+    data_set = data.DATA_SETS[run.data]
+    run.eps = data_set.eps if args.eps is None else args.eps
+    run.step_size = data_set.step_size if args.step_size is None else args.step_size
+    run.steps = data_set.steps if args.steps is None else args.steps
+    need(run.eps > 0 and run.step_size > 0,
+         f"--eps {run.eps:g} --step-size {run.step_size:g} attack nothing; use more than 0")
+    return run
+
+
+def other_net(path, run):
+    """Another run's folder, or a file of weights, to be shown `run`'s images -> its net, its name."""
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    flags = SimpleNamespace(out=folder, weights=None if path.is_dir() else path)
+    for name in ("data", "data_dir", "arch", "act", "act_alpha", "bn_eps", "res"):
+        # Nothing says what a file without an args.json holds, so it is taken for a net like `run`'s
+        like_run = None if (folder / "args.json").exists() else getattr(run, name)
+        setattr(flags, name, like_run)
+    other = evaluate.find_run(flags)
+    need(other.data == run.data, f"{path} was trained on {other.data}, {run.weights} on {run.data}; "
+         "give a net of the same data")
+    net = evaluate.open_net(other, len(run.images.classes), run.device)
+    return net, f"{other.arch} {other.act}"
+
+
+def make_place(path):
+    """Refuse before the work what cannot be written after it."""
+    if path is not None:
+        need(not Path(path).is_dir(), f"{path} is a folder; name a file in it")
+        make_folder(Path(path).parent)
+
+
+def write_json(path, content):
+    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+
+
+# Verdicts. A doubt is about a share of images, and before a verdict is given the whole 95% interval of
+# that share has to be on one side of a bound: 0 of 1 proves nothing, and 0 of 100 not yet "at most 2%"
+
+def judge(n_bad, n, warn, fail):
+    """The verdict if n_bad of n images speak against a net and at most `warn`, a share, may."""
+    if n == 0:
+        return "SKIP"
+    low, high = wilson(n_bad, n)
+    if low > fail:
+        return "FAIL"
+    if low > warn:
+        return "WARN"
+    if high <= warn:
+        return "PASS"
+    return "UNSURE"
+
+
+def n_to_settle(n_bad, n, warn, fail):
+    """About how many images would settle an UNSURE if the share stayed; None: more than a million."""
+    n_more = n
+    while n_more < 10**6:
+        n_more = math.ceil(1.02 * n_more)
+        if judge(n_bad / n * n_more, n_more, warn, fail) != "UNSURE":
+            return n_more
+    return None
+
+
+def doubt(what, hit, n_bad, wanted, warn, fail, why, skip, note):
+    """What `at_most` and `at_least` share -> one verdict with its reasons, a dict."""
+    n = len(hit)
+    n_hit = int(hit.sum())
+    verdict = judge(n_bad, n, warn, fail)
+    measured = f"{n_hit / n:.1%} of {n}" if n > 0 else "-"
+    n_needed = n_to_settle(n_bad, n, warn, fail) if verdict == "UNSURE" else None
+    return dict(verdict=verdict, what=what, measured=measured, wanted=wanted, n=n, n_hit=n_hit,
+                n_needed=n_needed, why=skip if verdict == "SKIP" else why, note=note)
+
+
+def at_most(what, hit, warn, fail, why, skip="no image to judge", note=""):
+    """A share, of hit (n,) bool, that should be small: WARN above warn, FAIL above fail."""
+    n_bad = int(hit.sum())
+    return doubt(what, hit, n_bad, f"at most {100 * warn:.3g}%", warn, fail, why, skip, note)
+
+
+def at_least(what, hit, warn, fail, why, skip="no image to judge", note=""):
+    """A share, of hit (n,) bool, that should be large: WARN below warn, FAIL below fail."""
+    n_bad = int((~hit).sum())
+    return doubt(what, hit, n_bad, f"at least {100 * warn:.3g}%", 1 - warn, 1 - fail, why, skip, note)
+
+
+# The doubts, by topic
+
+MARKS = (0, 1, 5, 10, 20, 50, 100, 200)  # iterations to report
+RADII = (1, 2, 4, 8, 16, 32, 64)  # eps in 1/255 to report
+RADII_STEPS = 20
+
+
+class Found(NamedTuple):
+    """What a search for adversarial images has found, a row an image."""
+
+    x_adv: torch.Tensor  # the iterate that fooled, or x
+    right: torch.Tensor  # bool: on x itself
+    robust: torch.Tensor  # bool: right, and never fooled
+    step: torch.Tensor  # int64: that of the iterate that fooled; -1 if none did
+
+
+def search(what, net, index, x, y, eps, step_size, steps, restarts=1, seed=0):
+    """`pgd_search` on any number of images, eps and step_size in 1/255 -> Found. `what` is shown."""
+    began = time.monotonic()
+    pieces = []
+    for number, (index_part, x_part, y_part) in enumerate(batches(index, x, y)):
+
+        def progress(_, step, n_steps, n_undecided):
+            show(f"{what}: {number * BATCH} of {len(x)} images, step {step} of {n_steps} | "
+                 f"{duration(time.monotonic() - began)}")
+
+        x_adv, verdicts = pgd_search(
+            net, x_part, y_part, eps=eps / 255, step_size=step_size / 255, steps=steps, index=index_part,
+            restarts=restarts, seed=seed, progress=progress)
+        right = verdicts["clean"] == y_part
+        pieces.append((x_adv, right, verdicts["robust"], verdicts["step"]))
+    columns = [torch.cat(column) for column in zip(*pieces)]
+    return Found(*columns)
+
+
+def doubts_about_the_model(run):
+    """Is it a classifier whose slope an attack can follow?"""
+    logits = logits_of(run.net, run.x)
+    again = logits_of(run.net, run.x)
+    right = predict(logits) == run.y
+    chance = 1 / logits.shape[1]
+    yield at_least("right on clean images", right, warn=chance + (1 - chance) / 5,
+                   fail=chance + (1 - chance) / 20, why="guessing leaves nothing to attack")
+
+    largest = logits.abs().amax(1)
+    drift = (again - logits).abs().amax(1) > 1e-4 * largest
+    yield at_most("two calls differ", drift, warn=0.02, fail=0.1,
+                  why="a random net hides its slope; a verdict is one draw")
+    not_finite = ~logits.isfinite().all(1)
+    sums_to_one = (logits.amin(1) >= 0) & ((logits.sum(1) - 1).abs() < 1e-4)
+    yield at_most("outputs are no logits", not_finite | sums_to_one, warn=0.02, fail=0.1,
+                  why="NaN, or a softmax, which flattens the loss")
+
+    grads = []
+    for x_part, y_part in batches(run.x, run.y):
+
+        def loss(logits):
+            return cross_entropy(logits, y_part)
+
+        _, grad = input_gradient(run.net, x_part, loss)
+        grads.append(grad)
+    share_of_zeros = (torch.cat(grads) == 0).flatten(1).float().mean(1)
+    yield at_most("zeros in the input gradient", share_of_zeros[right] > 0.05, warn=0.03, fail=0.1,
+                  why="saturated or rounded: PGD sees nothing", skip="no image is right")
+
+
+def doubts_about_iterations(run, found):
+    """Does PGD do more when it goes on (SAT Sec. 6), and what does it find? found: by its 200 steps."""
+    right = found.right
+
+    def withstands(k):
+        """Which images no iterate up to k fools, (N,) bool."""
+        return right & (found.robust | (found.step > k))
+
+    shares = [f"{k}: {withstands(k).float().mean():.1%}" for k in MARKS]
+    curve = "robust after steps " + ", ".join(shares)
+    yield at_most("fooled by noise", (found.step == 0)[right], warn=0.1, fail=0.3,
+                  why="a random start is no attack", skip="no image is right")
+    yield at_least("fooled by steps 1 to 200", (found.step > 0)[withstands(0)], warn=0.05, fail=0.02,
+                   why="PGD is blind", skip="no image is right after noise", note=curve)
+    yield at_most("fooled by steps 101 to 200", found.step > 100, warn=0.03, fail=0.1,
+                  why="PGD has not converged")
+    yield at_least("robust", found.robust, warn=0.1, fail=0.05, why="there is no robustness to doubt")
+
+    fooled = right & ~found.robust
+    rounded = (255 * found.x_adv[fooled]).round() / 255
+    still_wrong = predict(logits_of(run.net, rounded)) != run.y[fooled]
+    yield at_least("fooled by 8-bit pictures too", still_wrong, warn=0.85, fail=0,
+                   why="saved as files, x_adv is rounded", skip="no image is fooled")
+
+    once = search("PGD-1", run.net, run.index, run.x, run.y, run.eps, run.eps, steps=1)
+    yield at_most("PGD-1 fools, PGD-50 does not", (~once.robust & withstands(50))[right], warn=0.03,
+                  fail=0.1, why="masked gradients", skip="no image is right")
+    yield at_least("withstands PGD-1, PGD-50 too", withstands(50)[once.robust], warn=0.5, fail=0.25,
+                   why="overfit to one step", skip="no image withstands PGD-1")
+
+
+def doubts_about_the_radius(run, found):
+    """Does a larger eps do more (SAT Sec. 6), and in the end all?"""
+    right = found.right
+    shares = []
+    for eps in RADII:
+        step_size = max(1, 2.5 * eps / RADII_STEPS)
+        at_eps = search(f"eps {eps}", run.net, run.index[right], run.x[right], run.y[right], eps,
+                        step_size, RADII_STEPS)
+        shares.append(f"{eps}: {at_eps.robust.sum() / len(right):.1%}")
+    curve = f"robust to PGD-{RADII_STEPS} at eps " + ", ".join(shares)
+    yield at_most(f"robust at eps {RADII[-1]}", at_eps.robust, warn=0.05, fail=0.15,
+                  why="such noise drowns the image", skip="no image is right", note=curve)
+
+
+def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
+    """Do other attacks find what PGD has missed (CA)? Counted in points of the robust accuracy."""
+    net = run.net
+    robust = found.robust
+    index = run.index[robust]
+    x = run.x[robust]
+    y = run.y[robust]
+    nobody = "no image withstands PGD"
+
+    def of_all(hit):
+        """Of the robust images -> of all, (N,) bool; without a row where no image is robust."""
+        everywhere = torch.zeros_like(robust)
+        everywhere[robust] = hit
+        return everywhere if robust.any() else robust[:0]
+
+    again = search("4 restarts", net, index, x, y, run.eps, run.step_size, steps=20, restarts=4, seed=1)
+    yield at_most("robust, but not to 4 restarts", of_all(~again.robust), warn=0.03, fail=0.1,
+                  why="PGD depends on luck", skip=nobody)
+
+    fooled_by = []
+    for index_part, x_part, y_part in batches(index, x, y):
+
+        def progress(name, step, n_steps, n_undecided):
+            show(f"{name}: {len(fooled_by)} of {len(x)} images, step {step} of {n_steps}")
+
+        _, verdicts = autoattack(
+            net, x_part, y_part, eps=run.eps / 255, index=index_part, attacks=("apgd-ce", "square"),
+            queries=1000, progress=progress)
+        fooled_by += verdicts["fooled_by"]
+    by_apgd = torch.tensor([name == "apgd-ce" for name in fooled_by], dtype=torch.bool, device=y.device)
+    by_square = torch.tensor([name == "square" for name in fooled_by], dtype=torch.bool, device=y.device)
+    yield at_most("robust, but not to APGD", of_all(by_apgd), warn=0.05, fail=0.15,
+                  why="PGD stops short; quote AutoAttack", skip=nobody)
+    yield at_most("robust to both, not to Square", of_all(by_square), warn=0.03, fail=0.1,
+                  why="no gradient beats gradients: masked", skip=nobody)
+
+    moved = robust[:0]
+    if surrogate is not None:
+        x_adv = pgd_from(surrogate, index, x, y, run.eps, run.step_size, steps=50)
+        moved = of_all(predict(logits_of(net, x_adv)) != y)
+    yield at_most("robust, but not to transfer", moved, warn=0.03, fail=0.1,
+                  why="the net masks its own gradient", skip="--surrogate names no second net")
+
+    right = found.right
+    x = run.x[right]
+    y = run.y[right]
+    x_adv = pgd_from(net, run.index[right], x, y, run.eps, run.step_size, steps=10)
+    losses = []
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        between = x.lerp(x_adv, share)
+        losses.append(cross_entropy(logits_of(net, between), y))
+    rises = (torch.stack(losses).diff(dim=0) > 0).all(0)
+    yield at_least("loss rises all the way to x_adv", rises, warn=0.75, fail=0.5,
+                   why="else a slope leads nowhere", skip="no image is right")
+
+    stands = robust[:0]
+    if normal is not None:
+        weak = search("normal net", normal, run.index, run.x, run.y, run.eps, run.step_size, steps=50)
+        stands = weak.robust[weak.right]
+    yield at_most("a normal net is robust", stands, warn=0.05, fail=0.15, why="PGD is too weak",
+                  skip="--normal names no normally trained net")
+
+
+def all_doubts(run, surrogate=None, normal=None):
+    """Every doubt about run.net on run.index, x, y, with run.eps and step_size in 1/255."""
+    yield from doubts_about_the_model(run)
+    found = search(f"PGD-{MARKS[-1]}", run.net, run.index, run.x, run.y, run.eps, run.step_size,
+                   steps=MARKS[-1])
+    yield from doubts_about_iterations(run, found)
+    yield from doubts_about_the_radius(run, found)
+    yield from doubts_from_other_attacks(run, found, surrogate, normal)
+
+
+def doubt_lines(verdict, n_used, n_available):
+    """A verdict as a person reads it, from a report on n_used images of n_available."""
+    yield (f"{verdict['verdict']:<7} {verdict['what']:<32} {verdict['measured']:<15} "
+           f"{verdict['wanted']:<15} {verdict['why']}")
+    if verdict["verdict"] == "UNSURE":
+        advice = "its share is too near to the bound to be settled by more images"
+        if verdict["n_needed"] is not None:
+            limit = math.ceil(verdict["n_needed"] * n_used / verdict["n"])
+            advice = f"about --limit {limit} would settle it, the data have {n_available} images"
+        yield f"        {advice}"
+    if verdict["note"]:
+        yield f"        {verdict['note']}"
 
 
 def report(args):
-    run, began, found = open_run(args, 256), {"": time.monotonic()}, {}
-    say(f"{run.weights}: {run.arch} {run.act}, {len(run.y)} images of {run.data}, eps {run.eps:g}")
-    others = [path and other_net(path, run)[0] for path in (args.surrogate, args.normal)]
-    watch = lambda what, k, n: progress(began.setdefault(what, time.monotonic()), k, n, f"{what}: ")
-    for doubt in doubts(run.net, run.index, run.x, run.y, run.eps, run.step_size, *others, watch):
-        found[doubt["what"]] = doubt
-        say("{verdict:<4} | {what:<32} | {measured} | {wanted} | {why}".format(**doubt))
-    verdicts = [doubt["verdict"] for doubt in found.values()]
-    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in ("PASS", "WARN", "FAIL", "SKIP")]
-    say(f"{', '.join(counts)}; {evaluate.duration(time.monotonic() - began[''])}")
-    if run.json:
-        found.update(hash=run.digest, n=len(run.y), eps=run.eps)
-        Path(run.json).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    raise SystemExit(int("FAIL" in verdicts))
+    make_place(args.json)
+    run = open_run(args, limit=256)
+    began = time.monotonic()
+    surrogate = None
+    normal = None
+    if args.surrogate:
+        surrogate, _ = other_net(args.surrogate, run)
+    if args.normal:
+        normal, _ = other_net(args.normal, run)
+
+    say(f"{run.weights}: {run.arch} {run.act}, {len(run.y)} images of {run.data}, eps {run.eps:g}, "
+        f"step {run.step_size:g}")
+    say(f"{'verdict':<7} {'doubt':<32} {'measured':<15} {'wanted':<15} why it matters")
+    found = {}
+    for verdict in all_doubts(run, surrogate, normal):
+        found[verdict["what"]] = verdict
+        for line in doubt_lines(verdict, len(run.y), run.images.n):
+            say(line)
+    verdicts = [verdict["verdict"] for verdict in found.values()]
+    counts = [f"{verdicts.count(name)} {name}" for name in ("PASS", "WARN", "FAIL", "UNSURE", "SKIP")]
+    say(f"{', '.join(counts)}; {duration(time.monotonic() - began)}")
+    if args.json:
+        write_json(args.json, {**found, "hash": run.digest, "n": len(run.y), "eps": run.eps})
+    if "FAIL" in verdicts:
+        raise SystemExit(1)
+    if "UNSURE" in verdicts:
+        raise SystemExit(2)
+
+
+# An idea against its baseline, in pairs
+
+# What makes two evaluations one measurement
+SETTING = ("attack", "eps", "step_size", "steps", "restarts", "last_iterate", "seed", "smooth_backward",
+           "dtype")
+Z = 1.959964  # 97.5% of a normal distribution lie below
+MOST_SEEDS = 1000  # nobody trains more
+
+
+@cache
+def student_t(n_free):
+    """97.5% of Student's t with n_free degrees of freedom lie below this.
+
+    With t = sqrt(n_free) tan(angle), the angle has the density cos(angle)^(n_free - 1), summed here.
+    """
+    angle = np.linspace(0, np.pi / 2, 20001)
+    density = np.cos(angle) ** (n_free - 1)
+    trapezia = (density[1:] + density[:-1]) / 2
+    share = np.append(0, trapezia.cumsum()) / trapezia.sum()
+    return math.sqrt(n_free) * math.tan(np.interp(0.95, share, angle))
+
+
+def interval_of_two_nets(new, old):
+    """Two networks' verdicts on the same images, (N,) bool -> 95% interval of their difference.
+
+    Wald's interval for paired proportions after half an image is added to each of the four cells, both
+    right, only one, only the other, none (Agresti & Min 2005). The images vary, the two networks do not.
+    """
+    n = len(new) + 2
+    only_new = (new & ~old).sum() + 0.5
+    only_old = (old & ~new).sum() + 0.5
+    difference = (only_new - only_old) / n
+    variance = (only_new + only_old) / n - difference**2
+    half = Z * math.sqrt(variance / n)
+    return difference - half, difference + half
+
+
+class Spread(NamedTuple):
+    """How far a mean difference over seeds and images is from the true one, as variances."""
+
+    n_seeds: int
+    of_a_seed: float  # of one seed's mean over these images
+    of_images: float  # of what these images have in common over all seeds
+
+
+def spread_of(difference):
+    """Differences of verdicts, -1, 0 or 1, of S >= 2 seeds on N images, (S, N) -> Spread.
+
+    That of seed s on image i is delta + seed_s + image_i + rest_si, so the mean over all varies by
+        (var seed + var rest / N) / S + var image / N.
+    The bracket is the variance of the seeds' means. Beside it only var image may stand: the variance of
+    the images' means, var image + var rest / S, would count the rest a second time. The mean squares of
+    the two-way table tell them apart (Searle, Casella & McCulloch 1992, Variance Components).
+    """
+    n_seeds, n_images = difference.shape
+    mean = difference.mean()
+    of_seeds = difference.mean(axis=1)  # (S,)
+    of_images = difference.mean(axis=0)  # (N,)
+    rest = difference - of_seeds[:, None] - of_images + mean
+    rest_variance = np.square(rest).sum() / ((n_seeds - 1) * (n_images - 1))
+    image_variance = max(0.0, of_images.var(ddof=1) - rest_variance / n_seeds)
+    return Spread(n_seeds, of_seeds.var(ddof=1), image_variance / n_images)
+
+
+def half_width(spread, n_seeds):
+    """Half of the 95% interval that n_seeds have, if they spread like these.
+
+    Student's t for the seeds, which are few; the normal distribution for the images. Half-widths of
+    independent parts add in squares (Howe 1974, JASA 69; MOVER in Zou & Donner 2008, Stat. Med. 27).
+    """
+    seeds_half = student_t(n_seeds - 1) * math.sqrt(spread.of_a_seed / n_seeds)
+    images_half = Z * math.sqrt(spread.of_images)
+    return math.hypot(seeds_half, images_half)
+
+
+def interval_of_seeds(new, old):
+    """Verdicts of S >= 2 seeds of either side on N images, (S, N) bool -> 95% interval, Spread.
+
+    Seeds and images are both taken for random, so the interval is about the method, on such images.
+    """
+    difference = new.astype(float) - old.astype(float)
+    spread = spread_of(difference)
+    half = half_width(spread, spread.n_seeds)
+    return difference.mean() - half, difference.mean() + half, spread
+
+
+def n_seeds_to_decide(difference, spread):
+    """How many seeds would decide if the difference and the spread stayed; None: no number would."""
+    for n_seeds in range(spread.n_seeds + 1, MOST_SEEDS + 1):
+        if half_width(spread, n_seeds) < abs(difference):
+            return n_seeds
+    return None
+
+
+def compare_verdicts(new, old):
+    """Verdicts of both sides, (S, N) bool, seed beside seed -> a row of the table, in percent."""
+    n_seeds, n_images = new.shape
+    spread = None
+    if n_seeds == 1:
+        low, high = interval_of_two_nets(new[0], old[0])
+    else:
+        low, high, spread = interval_of_seeds(new, old)
+    difference = new.mean() - old.mean()
+
+    verdict = "undecided"
+    if low > 0:
+        verdict = "higher"
+    elif high < 0:
+        verdict = "lower"
+    advice = ""
+    if verdict == "undecided" and n_seeds >= 3:
+        n_needed = n_seeds_to_decide(difference, spread)
+        advice = f"; about {n_needed} seeds would decide"
+        if n_needed is None:
+            advice = f"; {MOST_SEEDS} seeds would not decide on these images"
+    return dict(new=100 * new.mean(), old=100 * old.mean(), difference=100 * difference, low=100 * low,
+                high=100 * high, only_new=(new & ~old).sum() / n_seeds,
+                only_old=(old & ~new).sum() / n_seeds, n=n_images, verdict=verdict + advice)
+
+
+# Its input: runs, their reports and ledgers
+
+def read_run(folder):
+    """A run's folder -> namespace: folder, args, and its newest report of every setting, reports."""
+    folder = Path(folder)
+    args = train.read_json(folder / "args.json")
+    reports = {}
+    paths = list((folder / "eval").glob("*.json"))
+    for path in sorted(paths, key=newest_last):
+        content = train.read_json(path)
+        need({*SETTING, "ledger", "images", "code"} <= content.keys(),
+             f"{path} is no report that names its ledger; run evaluate.py again, or move it elsewhere")
+        setting = tuple(content[name] for name in SETTING)
+        if setting in reports:
+            say(f"warning: {folder} has several reports of {setting_name(content)}; the newest counts")
+        reports[setting] = content
+    need(reports, f"no report in {folder / 'eval'}; run python evaluate.py --out {folder}")
+    return SimpleNamespace(folder=folder, args=args, reports=reports)
+
+
+def newest_last(path):
+    return path.stat().st_mtime
+
+
+def setting_name(report):
+    """What a report's attack was, in words: all that is not the default."""
+    words = [report["attack"]]
+    if report["attack"] == "pgd":
+        words = [f"PGD-{report['steps']}"]
+    words.append(f"eps {report['eps']:g}")
+    if report["attack"] == "pgd":
+        words.append(f"step {report['step_size']:g}")
+    if report["restarts"] not in (None, 1):
+        words.append(f"{report['restarts']} restarts")
+    if report["last_iterate"]:
+        words.append("last iterate")
+    if report["seed"] != 0:
+        words.append(f"seed {report['seed']}")
+    if report["smooth_backward"] != "none":
+        words.append("smooth backward")
+    if report["dtype"] != "fp32":
+        words.append(report["dtype"])
+    return ", ".join(words)
+
+
+def by_seed(runs, side):
+    """Runs of one side -> {seed: run}."""
+    seeds = {}
+    for run in runs:
+        seed = run.args.get("seed")
+        need(seed not in seeds, f"{side} has seed {seed} twice; give one run of each seed")
+        seeds[seed] = run
+    return seeds
+
+
+def match_seeds(new, old):
+    """Runs of both sides -> [(new run, old run)], seed beside seed. One run a side: these two."""
+    if len(new) == len(old) == 1:
+        return [(new[0], old[0])]
+    new_seeds = by_seed(new, "NEW")
+    old_seeds = by_seed(old, "--against")
+    shared = sorted(new_seeds.keys() & old_seeds.keys())
+    need(shared, f"no seed is on both sides: NEW has {sorted(new_seeds)}, --against has "
+         f"{sorted(old_seeds)}; train both sides with the same --seed")
+    alone = sorted(new_seeds.keys() ^ old_seeds.keys())
+    if alone:
+        say(f"warning: seeds {', '.join(map(str, alone))} are on one side only and left out")
+    return [(new_seeds[seed], old_seeds[seed]) for seed in shared]
+
+
+def shared_settings(runs):
+    """The settings that all runs have a report of. SystemExit if there is none."""
+    shared = [setting for setting in runs[0].reports if all(setting in run.reports for run in runs)]
+    if not shared:
+        measured = []
+        for run in runs:
+            names = [setting_name(content) for content in run.reports.values()]
+            measured.append(f"{run.folder} has {' and '.join(names)}")
+        raise SystemExit(f"no attack was run on all: {'; '.join(measured)}; run evaluate.py on each "
+                         "with the same flags")
+    return shared
+
+
+def read_verdicts(run, setting):
+    """The ledger of one report -> {index: line}. SystemExit where there is none."""
+    name = run.reports[setting]["ledger"]
+    lines, _ = evaluate.read_ledger(run.folder / "eval", name)
+    need(lines, f"the ledger {run.folder / 'eval' / name}.*.jsonl is missing or empty; run evaluate.py "
+         "again")
+    return lines
+
+
+def verdicts_of(line):
+    """A ledger line's verdicts -> {what: bool}. A line with all iterates also has the strict verdict."""
+    is_correct = line["clean"] == line["label"]
+    if "robust_at" in line:
+        every = "0" not in line["robust_at"]
+        return {"clean": is_correct, "robust (last iterate)": line["robust_at"].endswith("1"),
+                "robust (every iterate)": is_correct and every}
+    return {"clean": is_correct, "robust": is_correct and line["fooled"] is None}
+
+
+def table_of(ledgers, numbers):
+    """Ledgers [{index: line}] of S runs, numbers of N images -> {what: (S, N) bool}."""
+    columns = {}
+    for lines in ledgers:
+        verdicts = [verdicts_of(lines[number]) for number in numbers]
+        for what in verdicts[0]:
+            row = [verdict[what] for verdict in verdicts]
+            columns.setdefault(what, []).append(row)
+    return {what: np.array(rows) for what, rows in columns.items()}
+
+
+def compare_setting(pairs, setting):
+    """One attack, all pairs of runs -> rows of the table. SystemExit for different images."""
+    runs = [run for pair in pairs for run in pair]
+    first = runs[0]
+    name = setting_name(first.reports[setting])
+    for run in runs:
+        need(run.reports[setting]["images"] == first.reports[setting]["images"],
+             f"{name}: {first.folder} and {run.folder} were measured on different images; run "
+             "evaluate.py on both with the same --data and --data-dir")
+    if len({run.reports[setting]["code"] for run in runs}) > 1:
+        say(f"warning: {name}: measured by different versions of the code; run evaluate.py on all again")
+
+    ledgers = {run.folder: read_verdicts(run, setting) for run in runs}
+    numbers = sorted(set.intersection(*map(set, ledgers.values())))
+    n_most = max(map(len, ledgers.values()))
+    need(len(numbers) > 1, f"{name}: the runs have {len(numbers)} images in common; run evaluate.py on "
+         "all with the same --limit")
+    if len(numbers) < n_most:
+        say(f"warning: {name}: {len(numbers)} of {n_most} images are in all ledgers; the rest is unused")
+    for number in numbers:
+        labels = {lines[number]["label"] for lines in ledgers.values()}
+        need(len(labels) == 1, f"{name}: image {number} has the labels {labels}; run evaluate.py on all "
+             "with the same data")
+
+    new = table_of([ledgers[run.folder] for run, _ in pairs], numbers)
+    old = table_of([ledgers[run.folder] for _, run in pairs], numbers)
+    rows = []
+    for what in new:
+        rows.append({"setting": name, "what": what, **compare_verdicts(new[what], old[what])})
+    return rows
+
+
+def training_of(run):
+    """The last epoch's line of a run's log -> dict with its loss and error; None without one."""
+    path = run.folder / "log.jsonl"
+    last = None
+    if path.exists():
+        whole_lines = path.read_text().split("\n")[:-1]  # the last may be torn
+        for line in map(json.loads, whole_lines):
+            if line["kind"] == "epoch":
+                last = line
+    return last
+
+
+def compare_training(pairs):
+    """The last epoch's mean loss and error on attacked training images -> rows, without intervals."""
+    lines = [(training_of(new), training_of(old)) for new, old in pairs]
+    rows = []
+    if all(new and old for new, old in lines):
+        for what, unit in (("loss", 1), ("error", 100)):
+            new_mean = np.mean([unit * new[what] for new, _ in lines])
+            old_mean = np.mean([unit * old[what] for _, old in lines])
+            rows.append(dict(what=what, new=new_mean, old=old_mean, difference=new_mean - old_mean))
+    return rows
+
+
+def flags_that_differ(pairs):
+    """The flags of training that are not the same in all runs -> ["act: silu | relu"]."""
+    ignored = {*train.FREE, "seed", "commit", "processes", "python", "torch", "torchvision", "compile"}
+    names = {name for pair in pairs for run in pair for name in run.args} - ignored
+    differ = []
+    for name in sorted(names):
+        new = list(dict.fromkeys(str(run.args.get(name)) for run, _ in pairs))
+        old = list(dict.fromkeys(str(run.args.get(name)) for _, run in pairs))
+        if new != old or len(new) > 1:
+            differ.append(f"{name}: {', '.join(new)} | {', '.join(old)}")
+    return differ
+
+
+def compare(args):
+    check_picture(args)
+    make_place(args.json)
+    new = [read_run(folder) for folder in args.new]
+    old = [read_run(folder) for folder in args.against]
+    pairs = match_seeds(new, old)
+    settings = shared_settings([run for pair in pairs for run in pair])
+    rows = []
+    for setting in settings:
+        rows += compare_setting(pairs, setting)
+
+    for title, side in zip(("new", "old"), zip(*pairs)):
+        say(f"{title}: {', '.join(str(run.folder) for run in side)}")
+    for text in flags_that_differ(pairs):
+        say(f"{text}  (new | old)")
+    seeds = [run.args.get("seed") for run, _ in pairs]
+    about = "one network a side: the intervals are about these two networks, not about the method"
+    if len(pairs) > 1:
+        about = (f"{len(pairs)} pairs matched by seed ({', '.join(map(str, seeds))}): the intervals are "
+                 "about the method, seeds and images both vary")
+    say(about)
+
+    setting = None
+    for row in rows:
+        if row["setting"] != setting:
+            setting = row["setting"]
+            say(f"\n{setting}; {row['n']} images, in percent")
+            say(f"  {'':<23}{'new':>7}{'old':>7}{'new - old':>11}{'95% interval':>18}{'only new':>10}"
+                f"{'only old':>10}  verdict")
+        interval = f"{row['low']:+.2f} to {row['high']:+.2f}"
+        say(f"  {row['what']:<23}{row['new']:7.2f}{row['old']:7.2f}{row['difference']:+11.2f}"
+            f"{interval:>18}{row['only_new']:10.1f}{row['only_old']:10.1f}  {row['verdict']}")
+    training = compare_training(pairs)
+    if training:
+        say("\ntraining images under attack, last epoch")
+    for row in training:
+        say(f"  {row['what']:<23}{row['new']:7.3f}{row['old']:7.3f}{row['difference']:+11.3f}")
+
+    if args.json:
+        write_json(args.json, dict(new=args.new, old=args.against, seeds=seeds, about=about,
+                                   comparisons=rows, training=training))
+    if args.png:
+        bars = []
+        for row in rows:
+            if row["what"] != "clean":
+                bars.append(dict(name=f"{row['what']}, {row['setting']}", difference=row["difference"],
+                                 low=row["low"], high=row["high"], reference=None))
+        forest_plot(bars, args.png, args.scale)
+
+
+# What a training step costs
+
+CLASSES = 1000  # of ImageNet; few networks notice the number
+
+
+def make_trainer(flags, n_classes, compiled, device):
+    """What train.main makes for its loop -> namespace: flags, device, both views, optimizer, scaler."""
+    train.check(flags, 1)
+    torch.manual_seed(0)
+    net = train.network(flags, n_classes)
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    net.to(device, memory_format=layout)
+    view = attacker_view(net, smooth_backward=flags.smooth_backward in ("attacker", "both"))
+    attack_model = view
+    train_model = net.train()
+    if compiled:
+        attack_model = torch.compile(view, dynamic=False)
+        train_model = torch.compile(net, dynamic=False)
+    optimizer = torch.optim.SGD(train.parameter_groups(net, flags.wd), lr=1e-9, momentum=0.9,
+                                nesterov=flags.nesterov, fused=device.type == "cuda")
+    return SimpleNamespace(
+        flags=flags, device=device, attack_model=in_precision(attack_model, flags.dtype, device),
+        train_model=train_model, optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=flags.dtype == "fp16"))
+
+
+class StepCost(NamedTuple):
+    attack_seconds: float
+    seconds: float  # the attack's too
+    peak_bytes: int  # on a GPU, above what lay there before the step; else 0
+
+
+def timed_step(trainer, x, y):
+    """One update as in train.main's loop -> StepCost. The learning rate is next to nothing."""
+    flags = trainer.flags
+    device = trainer.device
+    bytes_before = 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        bytes_before = torch.cuda.memory_allocated()
+
+    began = clock(device)
+    x_adv = train.attack(flags, trainer.attack_model, x, y)
+    attacked = clock(device)
+    with precision(flags.dtype, device):
+        logits = trainer.train_model(x_adv)
+    loss = F.cross_entropy(logits.float(), y, label_smoothing=flags.label_smoothing)
+    trainer.scaler.scale(loss).backward()
+    trainer.scaler.step(trainer.optimizer)
+    trainer.scaler.update()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    ended = clock(device)
+
+    peak_bytes = 0
+    if device.type == "cuda":
+        peak_bytes = torch.cuda.max_memory_allocated() - bytes_before
+    return StepCost(attacked - began, ended - began, peak_bytes)
+
+
+def loader_speed(flags, batch_size):
+    """Images a second that one core makes ready for training."""
+    images = data.load(flags.data, flags.data_dir, train=True, res=flags.res)
+    torch.set_num_threads(1)
+    loader = data.train_batches(images, torch.arange(images.n), batch_size, epochs=10**6,
+                                autoaugment=flags.autoaugment)
+    next(loader)
+    began = time.monotonic()
+    n_images = 0
+    while time.monotonic() - began < 2:
+        _, x, _ = next(loader)
+        n_images += len(x)
+    return n_images / (time.monotonic() - began)
+
+
+class Kind(NamedTuple):
+    """One row of the cost table."""
+
+    act: str
+    steps: int
+    compiled: bool
+
+
+def cost(args):
+    flags = args.train
+    device, _, _ = open_device(flags.device, flags.dtype)
+    torch.backends.cudnn.benchmark = True
+    n = args.batch_size or (32 if device.type == "cpu" else 128)
+    trainers = {}
+    for compiled in ([False, True] if flags.compile else [False]):
+        for act in args.acts:
+            for steps in args.pgd:
+                own_flags = argparse.Namespace(**{**vars(flags), "act": act, "steps": steps})
+                trainers[Kind(act, steps, compiled)] = make_trainer(own_flags, CLASSES, compiled, device)
+
+    # All kinds in turn, so that whatever else the machine does meets them all alike
+    x = torch.rand(n, 3, flags.res, flags.res, device=device)
+    y = torch.arange(n, device=device) % CLASSES
+    rounds = {kind: [] for kind in trainers}
+    n_warmups = 2
+    for number in range(n_warmups + args.rounds):
+        for kind, trainer in trainers.items():
+            show(f"round {number + 1} of {n_warmups + args.rounds}: {kind.act}, PGD-{kind.steps}")
+            step_cost = timed_step(trainer, x, y)
+            if number >= n_warmups:
+                rounds[kind].append(step_cost)
+    medians = {kind: StepCost(*np.median(costs, axis=0)) for kind, costs in rounds.items()}
+
+    # FLOPs of a step of the attack: one forward and one backward to the image, 2; of the update: 3
+    say(f"{flags.arch}, {flags.res} px, {n} images, {flags.dtype}, {device_name(device)}")
+    on_gpu = device.type == "cuda"
+    say("act         PGD  compiled  ms/step  img/s  attack  PGD-0: 1  (FLOPs)  ReLU: 1"
+        + ("  peak MiB" if on_gpu else ""))
+    for kind, median in medians.items():
+        to_plain = ratio(median, medians.get(kind._replace(steps=0)))
+        to_relu = ratio(median, medians.get(kind._replace(act="relu")))
+        line = (f"{kind.act:<11}{kind.steps:4}{'yes' if kind.compiled else 'no':>10}"
+                f"{1e3 * median.seconds:9.1f}{n / median.seconds:7.0f}"
+                f"{median.attack_seconds / median.seconds:8.0%}{to_plain:>10}"
+                f"{(2 * kind.steps + 3) / 3:9.2f}{to_relu:>9}")
+        if on_gpu:
+            line += f"{median.peak_bytes / 2**20:10.0f}"
+        say(line)
+    try:
+        speed = loader_speed(flags, n)
+    except SystemExit as reason:
+        say(f"loader: {reason}")
+        return
+    share = n / speed / median.seconds
+    say(f"loader: {speed:.0f} img/s on one core, {share:.1%} of the last row's step")
+
+
+def ratio(median, reference):
+    """How many times a reference's seconds a step takes; - where the reference was not measured."""
+    if reference is None:
+        return "-"
+    return f"{median.seconds / reference.seconds:.2f}"
+
+
+# What a whole run costs
+
+IMAGENET_IMAGES = 1281167
+
+
+class Size(NamedTuple):
+    """Of a network: its parameters; of one image: FLOPs forward, bytes kept for the backward pass."""
+
+    n_parameters: int
+    flops: float
+    kept_bytes: float
+
+
+def size_of(flags, n_classes, res):
+    """The Size of train.py's network at res pixels, without a number being computed."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor  # one storage counts once
+        return tensor
+
+    def hand_back(tensor):
+        return tensor
+
+    with torch.device("meta"):
+        net = train.network(flags, n_classes)
+        x = torch.empty(2, 3, res, res)  # two images, since BatchNorm wants more than one value
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, hand_back)
+    with FlopCounterMode(display=False) as counter, hooks:
+        net(x)
+    n_bytes = 0
+    for tensor in kept.values():
+        if tensor.shape[:1] == (2,):  # a row an image: no weight
+            n_bytes += tensor.nbytes
+    n_parameters = sum(p.numel() for p in net.parameters())
+    return Size(n_parameters, counter.get_total_flops() / 2, n_bytes / 2)
+
+
+def median_step(trainer, n_classes, n, res, n_warmups, n_timed):
+    """The median of some steps on n images, after some that allocate, tune and compile -> StepCost."""
+    x = torch.rand(n, 3, res, res, device=trainer.device)
+    y = torch.arange(n, device=trainer.device) % n_classes
+    costs = []
+    for number in range(n_warmups + n_timed):
+        show(f"step {number + 1} of {n_warmups + n_timed}, {n} images at {res} px")
+        costs.append(timed_step(trainer, x, y))
+    return StepCost(*np.median(costs[n_warmups:], axis=0))
+
+
+def time_a_gpu(trainer, n_classes, n, res):
+    """Time steps on the batch that one GPU has in the run -> images a second, what was timed."""
+    try:
+        median = median_step(trainer, n_classes, n, res, n_warmups=3, n_timed=5)
+    except torch.cuda.OutOfMemoryError:
+        raise SystemExit(f"{n} images at {res} px do not fit a {device_name(trainer.device)}; use more "
+                         "--processes, or train.py's --accum")
+    return n / median.seconds, (f"{n} images at {res} px took {median.seconds:.3f} s and "
+                                f"{median.peak_bytes / 2**30:.1f} GiB")
+
+
+def time_a_cpu(trainer, n_classes, size, passes):
+    """The same from a small step, scaled by FLOPs: the largest of a few that seconds are enough for."""
+    full_res = trainer.flags.res
+    speed = None  # FLOPs a second
+    for n, shrink in ((2, 8), (2, 4), (2, 2), (2, 1), (8, 1), (32, 1)):
+        res = full_res // shrink
+        if res < 32:
+            continue
+        n_flops = passes * n * size_of(trainer.flags, n_classes, res).flops
+        if speed is not None and n_flops / speed > 5:
+            break
+        median = median_step(trainer, n_classes, n, res, n_warmups=1, n_timed=1)
+        speed = n_flops / median.seconds
+        timed = f"{n} images at {res} px took {median.seconds:.2f} s; scaled by FLOPs"
+    return speed / (passes * size.flops), timed
+
+
+def plan(args):
+    """What a run is made of and how long it takes: steps are timed, the rest is arithmetic."""
+    flags = args.train
+    device, _, _ = open_device(flags.device, flags.dtype)
+    train.check(flags, args.processes)
+    try:
+        images = data.load(flags.data, flags.data_dir, train=True, res=flags.res)
+        n_images = images.n
+        n_classes = len(images.classes)
+        source = "counted"
+    except SystemExit:
+        if flags.data != "imagenet":
+            raise
+        n_images = IMAGENET_IMAGES
+        n_classes = CLASSES
+        source = "ImageNet's: no folder is here"
+    members, _ = data.hold_out(n_images, flags.limit, flags.holdout)
+    batch_size = min(flags.batch_size, len(members))
+    n_steps = len(members) // batch_size  # a short last batch is dropped
+    n_seen = flags.epochs * n_steps * batch_size
+
+    # Forward counted; backward to the image costs one forward more, backward to the weights too two more
+    size = size_of(flags, n_classes, flags.res)
+    passes = 2 * flags.steps + 3
+    n_held = max(1, flags.batch_size // (args.processes * flags.accum))  # images in a device's memory
+    trainer = make_trainer(flags, n_classes, flags.compile, device)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        speed, timed = time_a_gpu(trainer, n_classes, n_held, flags.res)
+    else:
+        speed, timed = time_a_cpu(trainer, n_classes, size, passes)
+    hours = n_seen / speed / 3600
+
+    copies = 4 if flags.ema else 3  # weights, gradients, momentum, and their average
+    weight_bytes = copies * 4 * size.n_parameters
+    kept_bytes = size.kept_bytes
+    if flags.dtype in ("bf16", "fp16"):
+        kept_bytes = kept_bytes / 2
+    name = device_name(device)
+    n_flops = passes * size.flops
+    say(f"network  {flags.arch} {flags.act} at {flags.res} px, {size.n_parameters / 1e6:.1f}M "
+        f"parameters, {size.flops / 1e9:.2f} GFLOPs forward an image")
+    say(f"data     {len(members)} images to train on, {n_classes} classes ({source})")
+    say(f"step     {n_flops * batch_size / 1e12:.1f} TFLOPs; PGD-{flags.steps} and the update are "
+        f"{passes} forwards")
+    say(f"run      {flags.epochs} epochs x {n_steps} steps x {batch_size} images = {n_seen / 1e6:.1f}M "
+        f"images, {n_flops * n_seen / 1e18:.3g} EFLOPs")
+    say(f"memory   {weight_bytes / 2**30:.1f} GiB for weights and optimizer; about "
+        f"{kept_bytes / 2**20:.0f} MiB an image, {n_held} images on each of {args.processes} devices")
+    say(f"timed    {timed}; on {name} in {flags.dtype}, without loading and validation")
+    say(f"hours    {hours:,.1f} on 1, {hours / 8:,.1f} on 8, {hours / 64:,.1f} on 64 x {name}")
+
+
+# Drawing: one figure, and one way to draw an axis
+
+FINE = 4  # shapes are drawn this many times finer and then averaged, which makes their edges smooth
+INK = "#1E1E1E"
+GREY = "#6E6E6E"
+FAINT = "#E4E4E4"
+# Okabe and Ito's colours without the yellow, for all eyes, then two of Paul Tol's and a grey
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#56B4E9", "#E69F00", "#CC79A7",
+           "#332288", "#999933", "#8C8C8C")
+# Dashes and shapes tell curves and markers apart in grey too. Ink and gap by turns; None is a solid line
+DASHES = (None, (6, 4), (14, 4), (2, 3))
+# Number of corners, the angle of the first in degrees, and how much larger than a disc
+DISC = (40, 0, 1.0)
+SQUARE = (4, 45, 1.25)
+TRIANGLE = (3, -90, 1.4)
+DIAMOND = (4, 0, 1.3)
+SHAPES = (DISC, SQUARE, TRIANGLE, DIAMOND)
+VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+
+
+def check_picture(args):
+    """Refuse a --scale or a --png that cannot be drawn, before the work."""
+    need(0.5 <= args.scale <= 4, f"--scale {args.scale:g} cannot be drawn; use 0.5 to 4, 2 for fine screens")
+    if args.png is not None:
+        need(Path(args.png).suffix.lower() == ".png", f"--png {args.png} has to end in .png; pictures are PNGs")
+        need(not Path(args.png).is_dir(), f"--png {args.png} is a folder; give the name of a file in it")
+
+
+def text_width(words, size=12):
+    """The width of a text in units."""
+    return ImageFont.load_default(size).getlength(words)
+
+
+def dashed(points, dash):
+    """The pieces of a line through points [(x, y), ...] that a pattern of ink and gap by turns draws."""
+    pieces = []
+    piece = [points[0]]
+    turn = 0  # which length of the pattern; ink at even turns
+    remaining = dash[0]
+    for start, end in zip(points, points[1:]):
+        while math.dist(start, end) > remaining:  # the turn ends inside this segment
+            share = remaining / math.dist(start, end)
+            start = (start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1]))
+            piece.append(start)
+            if turn % 2 == 0:
+                pieces.append(piece)
+            piece = [start]
+            turn = (turn + 1) % len(dash)
+            remaining = dash[turn]
+        remaining -= math.dist(start, end)
+        piece.append(end)
+    if turn % 2 == 0:
+        pieces.append(piece)
+    return pieces
+
+
+class Figure:
+    """A white picture of width x height units, `scale` pixels a unit; (0, 0) is its upper left unit.
+
+    A line of width 1 at whole numbers fills whole pixels. Text waits for `save`: it is sharpest when it is
+    drawn at its final size.
+    """
+
+    def __init__(self, width, height, scale):
+        self.scale = scale
+        size = (round(width * scale) * FINE, round(height * scale) * FINE)
+        self.image = Image.new("RGB", size, "white")
+        self.pen = ImageDraw.Draw(self.image)
+        self.texts = []
+
+    def fine(self, length):
+        """Units -> pixels of the fine image."""
+        return round(length * self.scale * FINE)
+
+    def fine_points(self, points):
+        """Points [(x, y), ...] in units -> in pixels of the fine image."""
+        return [(self.fine(x + 0.5), self.fine(y + 0.5)) for x, y in points]
+
+    def line(self, points, colour=INK, width=1.0, dash=None):
+        """A line through points [(x, y), ...]; `dash`: lengths of ink and gap by turns."""
+        pieces = [points] if dash is None else dashed(points, dash)
+        for piece in pieces:
+            self.pen.line(self.fine_points(piece), colour, self.fine(width), joint="curve")
+
+    def polygon(self, points, colour):
+        self.pen.polygon(self.fine_points(points), colour)
+
+    def marker(self, point, radius, colour, shape=DISC, hollow=False):
+        """A marker around a point, with a white halo that parts it from what it covers."""
+        n_corners, first, size = shape
+        edge = 1.5 / math.cos(math.pi / n_corners)  # at the corners, for 1.5 units along the sides
+        layers = [(radius * size + edge, "white"), (radius * size, colour)]
+        if hollow:
+            layers.append((radius * size - edge, "white"))
+        for reach, fill in layers:
+            corners = []
+            for k in range(n_corners):
+                angle = math.radians(first + 360 * k / n_corners)
+                corners.append((point[0] + reach * math.cos(angle), point[1] + reach * math.sin(angle)))
+            self.polygon(corners, fill)
+
+    def paste(self, pixels, left, top, width, height):
+        """uint8 pixels (H, W, 3), stretched over a rectangle."""
+        image = Image.fromarray(pixels).resize((self.fine(width), self.fine(height)), Image.NEAREST)
+        self.image.paste(image, (self.fine(left), self.fine(top)))
+
+    def text(self, x, y, words, anchor="ms", size=12, colour=INK):
+        """Words at a point; `anchor`: l, m or r, then a (top), m (middle) or s (baseline), as in Pillow."""
+        self.texts.append((x, y, words, anchor, size, colour))
+
+    def save(self, path):
+        image = self.image.reduce(FINE)
+        pen = ImageDraw.Draw(image)
+        for x, y, words, anchor, size, colour in self.texts:
+            font = ImageFont.load_default(size * self.scale)
+            pen.text(((x + 0.5) * self.scale, (y + 0.5) * self.scale), words, colour, font, anchor)
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+        except OSError as reason:
+            raise SystemExit(f"cannot write {path} ({reason.strerror}); give another file with --png")
+        say(f"{path}")
+
+
+def span(values, least=-math.inf, most=math.inf):
+    """The ends of an axis for these values: a little room on both sides, but never beyond least and most."""
+    low = min(values)
+    high = max(values)
+    room = 0.05 * ((high - low) or abs(high) or 1)
+    return max(least, low - room), min(most, high + room)
+
+
+def ticks(low, high, most):
+    """Round numbers from low to high, about `most`: multiples of 1, 2 or 5 times a power of ten."""
+    smallest = (high - low) / most  # the smallest step that gives no more
+    power = 10.0 ** math.floor(math.log10(smallest))
+    step = 10 * power
+    for factor in (5, 2, 1):
+        if factor * power >= smallest:
+            step = factor * power
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def axis(fig, start, end, low, high, label, away):
+    """A line from start to end that counts from low to high; `away`: a unit vector, away from the data."""
+    across, down = away
+    if across == 0:
+        anchor = "ma"
+    else:
+        side = "r" if across < 0 else "l"
+        anchor = side + ("m" if down == 0 else "a")
+    upright = down == 0
+    for mark in ticks(low, high, math.dist(start, end) / (32 if upright else 48)):
+        share = (mark - low) / (high - low)
+        x = round(start[0] + share * (end[0] - start[0]))  # to whole pixels: a sharp line
+        y = round(start[1] + share * (end[1] - start[1]))
+        fig.line([(x, y), (x + 4 * across, y + 4 * down)])
+        fig.text(x + 7 * across, y + 7 * down, f"{mark:.6g}", anchor)
+    fig.line([start, end])
+    if upright:
+        fig.text(end[0], end[1] - 10, label, "ms")
+    else:
+        far = 24 if across == 0 else 36  # from the line, beyond the numbers
+        x = (start[0] + end[0]) / 2
+        y = (start[1] + end[1]) / 2
+        fig.text(x + far * across, y + far * down, label, anchor)
+
+
+def axes(fig, box, xs, ys, xlabel, ylabel, title="", grid=True):
+    """Two axes around box = (left, top, right, bottom); xs and ys are their ends.
+
+    -> place(x, y): the point of the figure that belongs to a point of the data.
+    """
+    left, top, right, bottom = box
+    x_low, x_high = xs
+    y_low, y_high = ys
+
+    def place(x, y):
+        across = (x - x_low) / (x_high - x_low)
+        up = (y - y_low) / (y_high - y_low)
+        return left + across * (right - left), bottom - up * (bottom - top)
+
+    if grid:
+        for mark in ticks(x_low, x_high, (right - left) / 48):
+            x, _ = place(mark, y_low)
+            fig.line([(round(x), top), (round(x), bottom)], FAINT)
+        for mark in ticks(y_low, y_high, (bottom - top) / 32):
+            _, y = place(x_low, mark)
+            fig.line([(left, round(y)), (right, round(y))], FAINT)
+    fig.text((left + right) / 2, top - 28, title, "ms", 13)
+    axis(fig, (left, bottom), (right, bottom), x_low, x_high, xlabel, (0, 1))
+    axis(fig, (left, bottom), (left, top), y_low, y_high, ylabel, (-1, 0))
+    return place
+
+
+class Panel(NamedTuple):
+    """One diagram of several: what its axes say and where they end, and its lines."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    xs: tuple  # the ends of the axis
+    ys: tuple
+    lines: list  # for each name its points [(x, y), ...]; none: nothing is drawn
+
+
+def draw_panels(panels, names, n_columns, path, scale):
+    """Panels in rows, one line for each name in each, and the names beside them, never on the data."""
+    n_rows = math.ceil(len(panels) / n_columns)
+    right = 60 + 340 * n_columns
+    longest = max(text_width(name) for name in names)
+    height = max(20 + 340 * n_rows, 90 + 20 * len(names))
+    fig = Figure(right + 42 + longest + 20, height, scale)
+
+    for p, panel in enumerate(panels):
+        left = 60 + 340 * (p % n_columns)
+        top = 60 + 340 * (p // n_columns)
+        box = (left, top, left + 270, top + 240)
+        place = axes(fig, box, panel.xs, panel.ys, panel.xlabel, panel.ylabel, panel.title)
+        if not any(panel.lines):
+            fig.text(left + 135, top + 120, "nothing yet", "mm", colour=GREY)
+        for i, line in enumerate(panel.lines):
+            colour = COLOURS[i % len(COLOURS)]
+            points = [place(x, y) for x, y in line]
+            if len(points) > 1:
+                fig.line(points, colour, 2, DASHES[i % len(DASHES)])
+            if len(points) <= 40:
+                for point in points:
+                    fig.marker(point, 3, colour, SHAPES[i % len(SHAPES)])
+
+    for i, name in enumerate(names):
+        y = 70 + 20 * i
+        fig.line([(right, y), (right + 34, y)], COLOURS[i % len(COLOURS)], 2, DASHES[i % len(DASHES)])
+        fig.text(right + 42, y, name, "lm")
+    fig.save(path)
+
+
+# The curves, and what they cost: SAT Figs. 1 and 2
+
+ROUNDS = 101  # of timing; the median counts
+EDGE = 1e-9  # left and right of 0, where a curve may have a jump or a kink
+
+
+def derivatives(act, x):
+    """An activation at x (n,) float64 -> its value, slope and curvature, each (n,)."""
+    x = x.clone().requires_grad_()
+    y = act.double()(x)
+    slope, = torch.autograd.grad(y.sum(), x, create_graph=True)
+    curvature = torch.zeros_like(x)
+    if slope.requires_grad:  # ReLU's does not: it is constant on both sides
+        curvature, = torch.autograd.grad(slope.sum(), x)
+    return y.detach(), slope.detach(), curvature
+
+
+def smoothness(act):
+    """How smooth a curve is -> its class, the jump of its slope at 0, the largest curvature."""
+    _, slope, curvature = derivatives(act, torch.tensor([-EDGE, EDGE], dtype=torch.float64))
+    jump = abs(slope[1] - slope[0]).item()
+    if jump > 1e-3:
+        return "C0", jump, math.inf
+    _, _, everywhere = derivatives(act, torch.linspace(-6, 6, 12001, dtype=torch.float64))
+    largest = max(everywhere.abs().max(), curvature.abs().max()).item()
+    has_kink = abs(curvature[1] - curvature[0]) > 1e-3
+    return "C1" if has_kink else "C2+", jump, largest
+
+
+def bytes_saved(act, x):
+    """The bytes that the forward pass keeps for the backward pass, for each element of x."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor  # one storage counts once
+        return tensor
+
+    def hand_back(tensor):
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, hand_back):
+        act(x)
+    return sum(tensor.nbytes for tensor in kept.values()) / x.numel()
+
+
+def act_seconds(act, x):
+    """Seconds of one forward pass and of one backward pass."""
+    start = clock(x.device)
+    y = act(x)
+    middle = clock(x.device)
+    torch.autograd.grad(y, [x, *act.parameters()], x)
+    return middle - start, clock(x.device) - middle
+
+
+def activations(args):
+    check_picture(args)
+    torch.set_num_threads(1)  # threads that wait for each other would hide what a curve costs
+    device, _, _ = open_device("auto", "fp32")
+    n = 2**17 if device.type == "cpu" else 2**24
+    x = torch.randn(n, device=device, requires_grad=True)
+    acts = {name: make_act(name).to(device) for name in ACTIVATIONS}
+
+    seconds = {name: [] for name in acts}
+    for k in range(2 + ROUNDS):  # all curves in turn
+        show(f"timing the activations, round {k + 1} of {2 + ROUNDS}")
+        for name, act in acts.items():
+            seconds[name].append(act_seconds(act, x))
+    # The first two rounds warm up: (rounds, forward and backward) -> (2,)
+    costs = {name: np.median(rounds[2:], axis=0) for name, rounds in seconds.items()}
+
+    say(f"{f'on {device}':<11}class  jump of f'(0)  largest f''  saved bytes  fwd/ReLU  bwd/ReLU")
+    for name in acts:
+        kind, jump, largest = smoothness(make_act(name))
+        forward, backward = costs[name] / costs["relu"]
+        saved = bytes_saved(acts[name], x)
+        say(f"{name:<11}{kind:<5}{jump:15.3f}{largest:13.3f}{saved:13.1f}{forward:10.2f}{backward:10.2f}")
+
+    panels = []
+    for reach, note in ((4, ""), (0.3, ", around 0")):
+        at = torch.linspace(-reach, reach, 801, dtype=torch.float64)
+        values = []
+        slopes = []
+        for name in ACTIVATIONS:
+            value, slope, _ = derivatives(make_act(name), at)
+            values.append(list(zip(at.tolist(), value.tolist())))
+            slopes.append(list(zip(at.tolist(), slope.tolist())))
+        for title, label, lines in (("Activations", "f(x)", values), ("Derivatives", "f '(x)", slopes)):
+            heights = [y for line in lines for _, y in line]
+            panels.append(Panel(title + note, "x", label, span([-reach, reach]), span(heights), lines))
+    draw_panels(panels, list(ACTIVATIONS), 2, args.png or "out/activations.png", args.scale)
+
+
+# Training runs over their epochs
+
+def read_log(folder):
+    """A run's log.jsonl -> its lines; the last one may be torn, by a kill or because it is being written."""
+    path = Path(folder) / "log.jsonl"
+    wanted = "give folders that train.py wrote"
+    try:
+        texts = path.read_text().split("\n")[:-1]
+        return [json.loads(text) for text in texts]
+    except OSError as reason:
+        raise SystemExit(f"no run in {folder}: {path} cannot be read ({reason.strerror}); {wanted}")
+    except ValueError as reason:
+        raise SystemExit(f"{path} is damaged ({reason}); {wanted}")
+
+
+def points_of(lines, kind, field, unit):
+    """The points (epoch, value) of one field of a log; an epoch that was run twice has its last value."""
+    values = {}
+    for line in lines:
+        if line["kind"] == kind and math.isfinite(line[field]):
+            values[line["epoch"]] = unit * line[field]
+    return sorted(values.items())
+
+
+def curves(args):
+    check_picture(args)
+    logs = [read_log(folder) for folder in args.folders]
+    panels = []
+    for title, ylabel, kind, field, unit, most in (
+            ("Training loss, attacked images", "cross-entropy", "epoch", "loss", 1, math.inf),
+            ("Clean accuracy, held-out images", "accuracy (%)", "val", "clean", 100, 100),
+            ("Robust accuracy, held-out images", "accuracy (%)", "val", "robust", 100, 100)):
+        lines = [points_of(log, kind, field, unit) for log in logs]
+        points = [point for line in lines for point in line]
+        last_epoch = max([5] + [epoch for epoch, _ in points])
+        ys = span([y for _, y in points] or [1], 0, most)
+        panels.append(Panel(title, "epoch", ylabel, (0, 1.03 * last_epoch), ys, lines))
+    draw_panels(panels, args.folders, 3, args.png or "out/curves.png", args.scale)
+
+
+# Reports of evaluate.py, clean against robust accuracy: SAT Figs. 3 and 4
+
+def read_json_as(path, wanted):
+    """What a JSON file holds; SystemExit if there is none."""
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as reason:
+        raise SystemExit(f"cannot read {path} ({reason.strerror}); give {wanted}")
+    except ValueError:
+        raise SystemExit(f"{path} holds no JSON, or is damaged; give {wanted}")
+
+
+def read_report(path):
+    """A report of evaluate.py."""
+    wanted = "reports of evaluate.py, out/eval/*.json"
+    report = read_json_as(path, wanted)
+    is_report = isinstance(report, dict) and "n_robust" in report and "n_correct" in report
+    need(is_report and report.get("n", 0) > 0, f"{path} is no report of evaluate.py on images; give {wanted}")
+    return report
+
+
+def attack_name(report):
+    """What a report measured, the title of its panel."""
+    attack = report["attack"]
+    if attack == "pgd":
+        attack = f"PGD-{report['steps']}"
+    if report.get("last_iterate"):
+        attack += " (last iterate)"
+    return f"{report['data']}, {attack}, eps {report['eps']:g}/255"
+
+
+def configuration(report):
+    """Everything about a network but the seed of its training: what shares a colour and a marker."""
+    name = f"{report['arch']} {report['act']}"
+    if report.get("act_alpha") is not None:
+        name += f" alpha {report['act_alpha']:g}"
+    name += f", {report['res']} px"
+    train = report.get("train")
+    if train is None:  # nothing is known of its training, so it stands for itself
+        return f"{name}, {report['weights']}"
+    if train["steps"] == 0:
+        name += ", normal"
+    else:
+        name += f", PGD-{train['steps']} eps {train['eps']:g}"
+    if train["smooth_backward"] != "none":
+        name += f", smooth backward {train['smooth_backward']}"
+    return f"{name}, {train['epochs']} epochs"
+
+
+def read_paper(path):
+    """The paper's networks: [{"name", "clean", "robust"}, ...], in percent."""
+    wanted = 'a list like [{"name": "ResNet-50 SiLU", "clean": 69.7, "robust": 42.3}]'
+    paper = read_json_as(path, wanted)
+    is_list = isinstance(paper, list) and all(isinstance(net, dict) for net in paper)
+    need(is_list and all({"name", "clean", "robust"} <= set(net) for net in paper),
+         f"{path} holds no networks of a paper; give {wanted}")
+    return paper
+
+
+def scatter(args):
+    """A panel for each attack and data set; the cross of a marker is its two 95% intervals."""
+    check_picture(args)
+    reports = [read_report(path) for path in args.files]
+    paper = read_paper(args.paper) if args.paper else []
+    names = list(dict.fromkeys(configuration(report) for report in reports))  # each once, in order
+    titles = list(dict.fromkeys(attack_name(report) for report in reports))
+    n_columns = min(3, len(titles))
+    n_rows = math.ceil(len(titles) / n_columns)
+    right = 60 + 420 * n_columns
+    legend = names + [net["name"] for net in paper]
+    longest = max(text_width(name) for name in legend)
+    height = max(20 + 420 * n_rows, 90 + 20 * len(legend))
+    fig = Figure(right + 20 + longest + 20, height, args.scale)
+
+    for p, title in enumerate(titles):
+        left = 60 + 420 * (p % n_columns)
+        top = 60 + 420 * (p // n_columns)
+        shown = [report for report in reports if attack_name(report) == title]
+        cleans = [net["clean"] for net in paper]
+        robusts = [net["robust"] for net in paper]
+        for report in shown:
+            cleans += [100 * share for share in wilson(report["n_correct"], report["n"])]
+            robusts += [100 * share for share in wilson(report["n_robust"], report["n"])]
+        place = axes(fig, (left, top, left + 350, top + 320), span(cleans, 0, 100), span(robusts, 0, 100),
+                     "clean accuracy (%)", "robust accuracy (%)", title)
+        for number, net in enumerate(paper, 1):
+            draw_ring(fig, place(net["clean"], net["robust"]), number)
+        for report in shown:
+            draw_cross(fig, place, report, COLOURS[names.index(configuration(report)) % len(COLOURS)])
+        for report in shown:  # markers lie on all crosses
+            clean = 100 * report["n_correct"] / report["n"]
+            robust = 100 * report["n_robust"] / report["n"]
+            draw_net(fig, place(clean, robust), names.index(configuration(report)), is_normal(report))
+
+    for i, name in enumerate(names):
+        hollow = any(is_normal(report) for report in reports if configuration(report) == name)
+        draw_net(fig, (right, 70 + 20 * i), i, hollow)
+        fig.text(right + 16, 70 + 20 * i, name, "lm")
+    for number, net in enumerate(paper, 1):
+        y = 70 + 20 * (len(names) + number - 1)
+        draw_ring(fig, (right, y), number)
+        fig.text(right + 16, y, net["name"], "lm")
+    fig.save(args.png or "out/scatter.png")
+
+
+def is_normal(report):
+    """Whether a network is known to be trained without an attack."""
+    train = report.get("train")
+    return train is not None and train["steps"] == 0
+
+
+def draw_ring(fig, point, number):
+    """One of the paper's networks: a ring with its number in the legend."""
+    fig.marker(point, 8, GREY, hollow=True)
+    fig.text(point[0], point[1], f"{number}", "mm", 10, GREY)
+
+
+def draw_cross(fig, place, report, colour):
+    """The 95% intervals of a report's two accuracies."""
+    clean = 100 * report["n_correct"] / report["n"]
+    robust = 100 * report["n_robust"] / report["n"]
+    clean_low, clean_high = wilson(report["n_correct"], report["n"])
+    robust_low, robust_high = wilson(report["n_robust"], report["n"])
+    fig.line([place(100 * clean_low, robust), place(100 * clean_high, robust)], colour)
+    fig.line([place(clean, 100 * robust_low), place(clean, 100 * robust_high)], colour)
+
+
+def draw_net(fig, point, i, hollow):
+    """The marker of configuration i; hollow for a normally trained network."""
+    fig.marker(point, 5, COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)], hollow)
+
+
+# What `compare --json` found, beside the paper's differences
+
+
+class Mark(NamedTuple):
+    """A value's colour and marker: colours tell them apart, and so do the shapes alone, in grey."""
+
+    name: str
+    colour: str
+    shape: tuple
+    hollow: bool
+
+
+HIGHER = Mark("higher", "#0072B2", DISC, False)
+LOWER = Mark("lower", "#D55E00", SQUARE, False)
+UNDECIDED = Mark("undecided", GREY, DISC, True)
+PAPER = Mark("the paper", INK, DIAMOND, True)
+ROW = 30  # the height of a row
+
+
+def draw_difference(fig, row, y, across):
+    """A row's interval as a line, its mean as a marker, the paper's value; across(value) -> x."""
+    mark = UNDECIDED
+    if row["low"] > 0:
+        mark = HIGHER
+    elif row["high"] < 0:
+        mark = LOWER
+    fig.line([(across(row["low"]), y), (across(row["high"]), y)], mark.colour, 3)
+    if row.get("reference") is not None:
+        fig.marker((across(row["reference"]), y), 5, PAPER.colour, PAPER.shape, PAPER.hollow)
+    fig.marker((across(row["difference"]), y), 5, mark.colour, mark.shape, mark.hollow)
+
+
+def forest_plot(rows, path, scale, title="Difference in accuracy"):
+    """Differences with their 95% intervals, one row each, and the paper's beside them.
+
+    A row is a dict: name; difference, low, high in percentage points; reference, the paper's or None.
+    """
+    has_reference = any(row.get("reference") is not None for row in rows)
+    left = 24 + math.ceil(max(text_width(row["name"], 13) for row in rows)) + 28
+    right = left + 400
+    width = right + (220 if has_reference else 160)
+    top = 72
+    bottom = top + ROW * len(rows)
+    fig = Figure(max(width, 48 + text_width(title, 15)), bottom + 94, scale)
+
+    values = [0]
+    for row in rows:
+        values += [row["low"], row["high"]]
+        if row.get("reference") is not None:
+            values.append(row["reference"])
+    low, high = span(values)
+
+    def across(value):
+        return left + (value - low) / (high - low) * (right - left)
+
+    fig.text(24, 32, title, "ls", 15)
+    fig.text(right + 82, top - 12, "difference [95%]", "ms", 11, GREY)
+    if has_reference:
+        fig.text(width - 24, top - 12, "paper", "rs", 11, GREY)
+    for i in range(0, len(rows), 2):  # a tint under every second row leads the eye along it
+        y = top + ROW * i
+        fig.polygon([(12, y), (width - 12, y), (width - 12, y + ROW), (12, y + ROW)], "#F5F5F5")
+    for mark in ticks(low, high, (right - left) / 48):
+        x = round(across(mark))
+        fig.line([(x, top), (x, bottom)], INK if mark == 0 else FAINT)
+    axis(fig, (left, bottom), (right, bottom), low, high, "percentage points", (0, 1))
+
+    for i, row in enumerate(rows):
+        y = top + ROW * i + ROW / 2
+        fig.text(24, y, row["name"], "lm", 13)
+        draw_difference(fig, row, y, across)
+        fig.text(right + 60, y, f"{row['difference']:+.1f}", "rm", 13)
+        fig.text(right + 68, y, f"[{row['low']:.1f}, {row['high']:.1f}]", "lm", 12, GREY)
+        if row.get("reference") is not None:
+            fig.text(width - 24, y, f"{row['reference']:+.1f}", "rm", 13)
+
+    x = left
+    y = bottom + 70
+    for mark in (HIGHER, LOWER, UNDECIDED, PAPER):
+        if mark is not PAPER or has_reference:
+            fig.marker((x, y), 5, mark.colour, mark.shape, mark.hollow)
+            fig.text(x + 12, y, mark.name, "lm", 11, GREY)
+            x += 40 + text_width(mark.name, 11)
+    fig.save(path)
+
+
+def forest(args):
+    """A row for each comparison; its name is that of its file, without the ending."""
+    check_picture(args)
+    wanted = "files that compare --json wrote"
+    paper = read_json_as(args.paper, "a dict like {\"silu\": 9.3}") if args.paper else {}
+    need(isinstance(paper, dict), f"{args.paper} holds no differences; give a dict like {{\"silu\": 9.3}}")
+    rows = []
+    measures = []
+    for path in args.files:
+        found = read_json_as(path, wanted)
+        need(isinstance(found, dict) and found.get("comparisons"), f"{path} has no comparisons; give {wanted}")
+        for comparison in found["comparisons"]:
+            measure = f"{comparison['what']}, {comparison['setting']}"
+            if args.only in measure:
+                measures.append(measure)
+                name = comparison.get("name", Path(path).stem)
+                rows.append(dict(name=name, difference=comparison["difference"], low=comparison["low"],
+                                 high=comparison["high"], reference=paper.get(name)))
+    need(rows, f"no comparison is named like --only {args.only!r}; leave it out for robust accuracy")
+    different = list(dict.fromkeys(measures))
+    need(len(different) == 1, f"one picture shows one measurement, here are {len(different)}: "
+         f"{'; '.join(different)}; choose with --only, a part of a name")
+    for row in rows:
+        if args.paper and row["reference"] is None:
+            say(f"{args.paper} has no {row['name']!r}: drawn without the paper's value")
+    forest_plot(rows, args.png or "out/forest.png", args.scale, f"Difference in accuracy: {different[0]}")
+
+
+# A trained net and its images: the loss around them (SAT Fig. 5), before and after the attack
+
+def viridis(values):
+    """Numbers (...) in [0, 1] -> uint8 colours (..., 3), whose lightness rises evenly."""
+    marks = np.linspace(0, 1, len(VIRIDIS))
+    channels = [np.interp(values, marks, channel) for channel in np.transpose(VIRIDIS)]
+    return np.stack(channels, -1).astype(np.uint8)
+
+
+def heat_map(fig, box, z, low, high):
+    """z (n, n), first index to the right, second upwards, in colours from low to high, with contours."""
+    left, top, right, bottom = box
+    size = (fig.fine(right - left), fig.fine(bottom - top))
+    picture = z.T[::-1].astype(np.float32)  # a picture's first index is its row, counted from above
+    inner = (0.5, 0.5, len(z) - 0.5, len(z) - 0.5)  # from the middle of the first to that of the last
+    field = np.asarray(Image.fromarray(picture).resize(size, Image.BILINEAR, inner))
+    pixels = viridis((field - low) / (high - low))
+    # A contour is where the field is nearer to the level than it changes in half a line's width
+    slope = np.hypot(*np.gradient(field))
+    for level in ticks(low, high, (bottom - top) / 32):
+        on_line = np.abs(field - level) < slope * fig.fine(1) / 2
+        pixels[on_line] = 255 if level < (low + high) / 2 else 0
+    fig.paste(pixels, left, top, right - left, bottom - top)
+
+
+def surface_3d(fig, x, y, size, z, low, high, reach, labels):
+    """z (n, n) as a shaded surface, its floor `reach` around 0; (x, y) is the middle of the floor."""
+    n = len(z)
+    height = (z - low) / (high - low)  # in [0, 1]
+
+    def project(a, b, c):
+        """Right a and depth b in [-1, 1], height c in [0, 1] -> a point of the figure."""
+        across = 0.75 * a - 0.66 * b
+        depth = 0.66 * a + 0.75 * b
+        return x + size * across, y - size * (0.42 * depth + 1.1 * c)
+
+    # Light comes from the side: Lambert's cosine between it and the surface's normal
+    slope_a, slope_b = np.gradient(height, 2 / (n - 1))
+    cosine = (0.45 * slope_a - 0.25 * slope_b + 0.85) / np.sqrt(1 + slope_a**2 + slope_b**2)
+    shade = 0.55 + 0.45 * cosine.clip(0, 1)
+    colours = (viridis(height) * shade[:, :, None]).astype(int)
+
+    at = np.linspace(-1, 1, n)
+    for i in reversed(range(n - 1)):  # the farthest patch first, nearer ones cover it
+        for j in reversed(range(n - 1)):
+            corners = []
+            for a, b in ((i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1)):
+                corners.append(project(at[a], at[b], height[a, b]))
+            fig.polygon(corners, tuple(colours[i, j]))
+    axis(fig, project(-1, -1, 0), project(1, -1, 0), -reach, reach, labels[0], (0.45, 0.89))
+    axis(fig, project(-1, -1, 0), project(-1, 1, 0), -reach, reach, labels[1], (-0.45, 0.89))
+    axis(fig, project(-1, 1, 0), project(-1, 1, 1), low, high, labels[2], (-1, 0))
 
 
 def directions(delta, index, seed=0):
     """The attack's delta (1, C, H, W) and a random direction at right angles, both of mean square 1."""
     random = uniform(seed, index, 0, delta.shape[1:]) - 0.5
-    random = random - (random * delta).sum() / delta.square().sum() * delta
-    return [d / d.square().mean().sqrt() for d in (delta, random)]
+    along = (random * delta).sum() / delta.square().sum()
+    across = random - along * delta
+    return delta / delta.square().mean().sqrt(), across / across.square().mean().sqrt()
 
 
-def loss_surface(model, x, y, d1, d2, radius, n):
-    """Cross-entropies (n, n) at x + a d1 + b d2, a, b within ±radius (SAT Fig. 5); x (1, C, H, W)."""
-    # Pixels may leave [0, 1]: clipped, they would put kinks into the picture that the network has not
-    steps = torch.linspace(-radius, radius, n, device=x.device).view(n, 1, 1, 1)
-    rows = [cross_entropy(logits_of(model, x + a * d1 + steps * d2), y.expand(n)) for a in steps]
+def loss_surface(net, x, y, attack, random, reach, n):
+    """Cross-entropies (n, n) at x + a attack + b random, a and b within +-reach; x (1, C, H, W)."""
+    # Pixels may leave [0, 1]: clamping would put kinks into the picture that the network has not
+    steps = torch.linspace(-reach, reach, n, device=x.device)
+    rows = []
+    for a in steps:
+        row = x + a * attack + steps.view(n, 1, 1, 1) * random
+        rows.append(cross_entropy(logits_of(net, row), y.expand(n)))
     return torch.stack(rows).cpu().numpy()
 
 
 def roughness(surface):
     """Mean squared second difference, in both directions; compare at the same radius and n only."""
-    return np.mean([np.square(np.diff(surface, 2, k)).mean() for k in (0, 1)])
+    bends = [np.square(np.diff(surface, 2, axis)).mean() for axis in (0, 1)]
+    return np.mean(bends)
+
+
+def surfaces(net, name, run, n):
+    """The loss around each image of a run, within twice eps -> list of (n, n)."""
+    x_adv = pgd_from(net, run.index, run.x, run.y, run.eps, run.step_size, 20)
+    found = []
+    for i in range(len(run.y)):
+        show(f"the loss of {name} around image {i + 1} of {len(run.y)}")
+        one = slice(i, i + 1)
+        attack, random = directions(x_adv[one] - run.x[one], run.index[one])
+        found.append(loss_surface(net, run.x[one], run.y[one], attack, random, 2 * run.eps / 255, n))
+    return found
 
 
 def landscape(args):
-    run, began, shown, titles = open_run(args, 20), time.monotonic(), [], []
-    nets = [(run.net, f"{run.arch} {run.act}")] + [other_net(path, run) for path in args.against]
-    n, unit = len(run.y), 2 * run.eps
+    """The loss around the first image, each net a column: as a surface, and from above."""
+    check_picture(args)
+    run = open_run(args, limit=20)
+    nets = [(run.net, f"{run.arch} {run.act}")]
+    nets += [other_net(path, run) for path in args.against]
+    shown = []
+    titles = []
     for net, name in nets:
-        x_adv, seen = pgd_from(net, run.index, run.x, run.y, run.eps, run.step_size, 20), []
-        for i in range(n):
-            progress(began, len(shown) * n + i, len(nets) * n, "loss around ")
-            index, x, y, delta = (t[i : i + 1] for t in (run.index, run.x, run.y, x_adv - run.x))
-            seen.append(loss_surface(net, x, y, *directions(delta, index), unit / 255, 31))
-        shown, rough = shown + [seen[0]], list(map(roughness, seen))
-        titles.append(f"{name}: roughness {rough[0]:.2g}")
-        say(f"{titles[-1]}; over {n} images {np.mean(rough):.2g} ± {1.96 * np.std(rough) / n**0.5:.1g}")
-    lo, hi, right = np.min(shown), np.max(shown), 400 * len(shown)
-    labels = "attack (1/255)", "random (1/255)", "cross-entropy"
-    fig = Figure(right + 50, 700, args.scale)
-    for k, (z, title) in enumerate(zip(shown, titles)):
-        box = 70 + 400 * k, 390, 330 + 400 * k, 650
-        fig.text(210 + 400 * k, 24, title, "ms", 14)
-        surface_3d(fig, 210 + 400 * k, 240, 110, z, lo, hi, unit, labels)
-        heat_map(fig, box, z, lo, hi)
-        axes(fig, box, (-unit, unit), (-unit, unit), *labels[:2], grid=False)
-    fig.paste(viridis(np.linspace(1, 0, 256))[:, None], right - 24, 390, 14, 260)
-    axis(fig, (right - 10, 650), (right - 10, 390), lo, hi, labels[2], (1, 0))
+        around = surfaces(net, name, run, n=31)
+        rough = [roughness(surface) for surface in around]
+        shown.append(around[0])
+        titles.append((name, f"roughness {rough[0]:.2g}"))
+        half = 1.96 * np.std(rough) / math.sqrt(len(rough))
+        say(f"{name}: roughness {rough[0]:.2g}; over {len(rough)} images {np.mean(rough):.2g} +- {half:.1g}")
+
+    low = np.min(shown)
+    high = np.max(shown)
+    reach = 2 * run.eps
+    labels = ("attack (1/255)", "random (1/255)", "cross-entropy")
+    column = max([400] + [text_width(name, 14) + 40 for name, _ in titles])
+    right = column * len(shown)
+    fig = Figure(right + 60, 720, args.scale)
+    for k, surface in enumerate(shown):
+        middle = column * k + 210
+        box = (middle - 130, 410, middle + 130, 670)
+        name, note = titles[k]
+        fig.text(middle, 28, name, "ms", 14)
+        fig.text(middle, 46, note, "ms", 12, GREY)
+        surface_3d(fig, middle, 260, 110, surface, low, high, reach, labels)
+        heat_map(fig, box, surface, low, high)
+        axes(fig, box, (-reach, reach), (-reach, reach), labels[0], labels[1], grid=False)
+    ladder = viridis(np.linspace(1, 0, 256))[:, None]  # (256, 3) -> (256, 1, 3)
+    fig.paste(ladder, right - 24, 410, 14, 260)
+    axis(fig, (right - 10, 670), (right - 10, 410), low, high, labels[2], (1, 0))
     fig.save(args.png or run.out / "landscape.png")
 
 
 def gallery(args):
-    run, side = open_run(args, 6), 150
+    """A row for each image: clean, attacked, and their difference magnified."""
+    check_picture(args)
+    most = 40
+    need(args.limit is None or args.limit <= most, f"--limit {args.limit} rows are no picture; use at most {most}")
+    run = open_run(args, limit=6)
     x_adv = pgd_from(run.net, run.index, run.x, run.y, run.eps, run.step_size, run.steps)
-    names, magnify = run.images.classes, round(127 / run.eps)
-    fig = Figure(3 * (side + 20) + 20, len(x_adv) * (side + 34) + 40, args.scale)
-    titles = "clean", f"attacked, eps {run.eps:g}/255", f"difference x {magnify}, grey is 0"
-    for k, x in enumerate((run.x, x_adv, magnify * (x_adv - run.x) + 0.5)):
-        left, (p, seen) = 20 + k * (side + 20), logits_of(run.net, x).softmax(1).max(1)
-        fig.text(left, 28, titles[k], "ls", 13)
+    classes = run.images.classes
+    magnify = max(1, round(127 / run.eps))
+    columns = [("clean", run.x), (f"attacked, eps {run.eps:g}/255", x_adv),
+               (f"difference x {magnify}, grey is 0", magnify * (x_adv - run.x) + 0.5)]
+
+    captions = []  # for each column, for each image: its words and colour
+    for _, x in columns[:2]:
+        share, guess = logits_of(run.net, x).softmax(1).max(1)
+        column = []
+        for i, label in enumerate(run.y):
+            colour = INK if guess[i] == label else "#D55E00"
+            column.append((f"{classes[guess[i]]}, {share[i]:.0%}", colour))
+        captions.append(column)
+    captions.append([(f"label: {classes[label]}", INK) for label in run.y])
+
+    side = 150
+    widths = []  # a column is as wide as its longest words
+    for (title, _), column in zip(columns, captions):
+        widths.append(max([side, text_width(title, 13)] + [text_width(words) for words, _ in column]) + 20)
+    fig = Figure(20 + sum(widths), 50 + (side + 34) * len(x_adv), args.scale)
+    left = 20
+    for (title, x), column, width in zip(columns, captions, widths):
+        fig.text(left, 30, title, "ls", 13)
         for i, picture in enumerate(x.cpu()):
-            pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # -> (H, W, 3)
-            fig.paste(pixels.numpy(), left, 40 + i * (side + 34), side, side)
-            words = f"{names[seen[i]]}, {p[i]:.0%}" if k < 2 else f"label: {names[run.y[i]]}"
-            fig.text(left, 45 + side + i * (side + 34), words, "la")
+            top = 44 + (side + 34) * i
+            pixels = (255 * picture.clamp(0, 1)).round().byte().permute(1, 2, 0)  # -> (H, W, 3)
+            fig.paste(pixels.numpy(), left, top, side, side)
+            words, colour = column[i]
+            fig.text(left, top + side + 5, words, "la", colour=colour)
+        left += width
     fig.save(args.png or run.out / "gallery.png")
 
 
-def step_cost(run, index, x):
-    """One step of train.py on images x -> seconds, the attack's share, peak MiB above the weights."""
-    held, began = np.nan, train.clock(run.device, True)
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-    share = train.train_step(run, index, x, index % 1000, True)
-    ended = train.clock(run.device, True)
-    return ended - began, share, (torch.cuda.max_memory_allocated() - held) / 2**20
+# Flags
+
+def add_evaluation_flags(p):
+    """Those of evaluate.py that say which net, which images and which attack."""
+    p.add_argument("--out", default="out", help="a run's folder: its model.pt, network and data")
+    p.add_argument("--weights", help="a state dict; args.json beside it or the next flags tell the rest")
+    p.add_argument("--data", choices=data.DATA_SETS, help="default: the run's, or imagenet")
+    p.add_argument("--data-dir", help="default: the run's, or data/imagenet, or data")
+    p.add_argument("--arch", help="default: the run's")
+    p.add_argument("--act", help="default: the run's")
+    p.add_argument("--act-alpha", type=float, help="its sharpness; default: the run's")
+    p.add_argument("--bn-eps", type=float, help="default: the run's; torchvision's b5 to b7: 1e-3")
+    p.add_argument("--res", type=int, help="pixels; default: the run's, or the network's own")
+    p.add_argument("--limit", type=int, help="images: the first of one fixed permutation")
+    p.add_argument("--eps", type=float, help="L-inf radius in 1/255; default: imagenet 4, else 8")
+    p.add_argument("--step-size", type=float, help="of PGD, in 1/255; default: imagenet 1, else 2")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    p.set_defaults(steps=None)
 
 
-def cost(args):
-    first, runs, rounds, began = train.get_args(args.rest), {}, [], time.monotonic()
-    device, _, _ = evaluate.open_device(first.device, first.dtype)
-    for c, act, k in itertools.product(range(1 + first.compile), args.acts, args.pgd):
-        run = argparse.Namespace(**vars(first) | dict(act=act, steps=k, compile=c, lr=1e-9))
-        runs[act, k, c] = train.assemble(run, device, 0, 1, 1000)
-    n = first.batch_size if "--batch-size" in str(args.rest) else 32 if device.type == "cpu" else 128
-    index, x = torch.arange(n, device=device), torch.rand(n, 3, first.res, first.res, device=device)
-    while len(rounds) < 2 + args.rounds:  # all kinds in turn; the first two rounds warm up
-        progress(began, len(rounds) * n * len(runs), (2 + args.rounds) * n * len(runs), "steps on ")
-        rounds.append([step_cost(run, index, x) for run in runs.values()])
-    costs = dict(zip(runs, np.median(rounds[2:], axis=0)))
-    say(f"{first.arch}, {first.res} px, {n} images, {first.dtype}, {evaluate.device_name(device)}")
-    say("act         PGD  compiled  ms/step  img/s  attack  PGD-0: 1  (FLOPs)  ReLU: 1  peak MiB")
-    for (act, k, c), (seconds, share, memory) in costs.items():  # FLOPs: an attack step 2, the update 3
-        plain, relu = (costs.get(kind, [np.nan])[0] for kind in ((act, 0, c), ("relu", k, c)))
-        say(f"{act:<11}{k:4}{('no', 'yes')[c]:>10}{1e3 * seconds:9.1f}{n / seconds:7.0f}{share:8.0%}"
-            f"{seconds / plain:10.2f}{(2 * k + 3) / 3:9.2f}{seconds / relu:9.2f}{memory:10.0f}")
-    try:
-        images = data.load(first.data, first.data_dir, True, first.res)
-    except SystemExit as reason:
-        return say(f"loader: {reason}")
-    stream, began = data.train_batches(images, torch.arange(images.n), n, 10**6), time.monotonic()
-    torch.set_num_threads(1)
-    wait = sum(1 for _ in zip(range(20), stream)) and (time.monotonic() - began) / 20
-    say(f"loader: {n / wait:.0f} img/s on one core, {wait / seconds:.1%} of the last row's step")
+def add_picture_flags(p, where):
+    p.add_argument("--png", help=f"the picture's file; default: {where}")
+    p.add_argument("--scale", type=float, default=1, help="pixels a unit; 2 for fine screens")
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter,
-                                allow_abbrev=False)  # --act is another script's, not our --acts
-    p.add_argument("command", choices="report landscape gallery activations curves scatter cost".split())
-    p.add_argument("--surrogate", help="report: a second net's folder or file, whose attacks are tried")
-    p.add_argument("--normal", help="report: a normally trained net's folder or file; it has to fall")
-    p.add_argument("--against", nargs="+", default=[], help="landscape: other nets' folders or files")
-    p.add_argument("--png", help="the picture's file; default: in the run's folder")
-    p.add_argument("--scale", type=float, default=1, help="pixels a unit; 2 for fine screens")
-    p.add_argument("--acts", nargs="+", default=[*ACTIVATIONS], help="cost: of which activations")
-    p.add_argument("--pgd", nargs="+", type=int, default=[0, 1], help="cost: steps of the attack, or 0")
-    p.add_argument("--rounds", type=int, default=15, help="cost: steps of each kind")
-    args, rest = p.parse_known_args(argv)  # the rest: folders, files, or another script's flags
-    if bool(rest) != dict(activations=False, curves=True, scatter=True).get(args.command, bool(rest)):
-        p.error("curves takes folders of runs, scatter takes reports, activations takes nothing more")
-    return argparse.Namespace(**vars(args), rest=rest)
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    commands = p.add_subparsers(metavar="COMMAND", required=True)
+
+    def add_command(function, help):
+        # Without abbreviations: --act is train.py's flag, not short for --acts
+        command = commands.add_parser(function.__name__, help=help, description=help, allow_abbrev=False)
+        command.set_defaults(function=function)
+        return command
+
+    c = add_command(report, "doubt one net's robustness: a verdict for each way to be wrong")
+    add_evaluation_flags(c)
+    c.add_argument("--surrogate", help="a second net's folder or file, whose attacks are tried too")
+    c.add_argument("--normal", help="a normally trained net's folder or file, which may not be robust")
+    c.add_argument("--json", help="write the verdicts to this file too")
+
+    c = add_command(compare, "runs of an idea against runs of its baseline, by image and by seed")
+    c.add_argument("new", nargs="+", metavar="NEW", help="folders of runs that evaluate.py has measured")
+    c.add_argument("--against", nargs="+", required=True, metavar="OLD", help="the baseline's")
+    c.add_argument("--json", help="write the table to this file too")
+    add_picture_flags(c, "none is drawn")
+
+    c = add_command(cost, "what the attack and each activation cost in a step; takes train.py's flags")
+    c.add_argument("--acts", nargs="+", default=[*ACTIVATIONS], choices=ACTIVATIONS, metavar="ACT",
+                   help="activations; default: all")
+    c.add_argument("--pgd", nargs="+", type=int, default=[0, 1], help="its steps; default: 0 1")
+    c.add_argument("--batch-size", type=int, help="images of a step; default: 32 on a CPU, else 128")
+    c.add_argument("--rounds", type=int, default=15, help="steps of each kind; the median is shown")
+
+    c = add_command(plan, "what a run would cost; takes train.py's flags, needs no data")
+    c.add_argument("--processes", type=int, default=8, help="devices that share a batch")
+
+    c = add_command(landscape, "the loss around images, SAT Fig. 5")
+    add_evaluation_flags(c)
+    c.add_argument("--against", nargs="+", default=[], help="other nets' folders or files")
+    add_picture_flags(c, "landscape.png in the run's folder")
+
+    c = add_command(gallery, "images before and after the attack")
+    add_evaluation_flags(c)
+    c.add_argument("--steps", type=int, help="of PGD; default: imagenet 200, else 50")
+    add_picture_flags(c, "gallery.png in the run's folder")
+
+    c = add_command(activations, "the curves and what they cost, SAT Figs. 1 and 2")
+    add_picture_flags(c, "out/activations.png")
+
+    c = add_command(curves, "runs over their epochs")
+    c.add_argument("folders", nargs="+", help="folders of runs")
+    add_picture_flags(c, "out/curves.png")
+
+    c = add_command(scatter, "clean and robust accuracy of many nets, SAT Figs. 3 and 4")
+    c.add_argument("files", nargs="+", help="reports of evaluate.py")
+    c.add_argument("--paper", help="a JSON file with the paper's nets, to be drawn as rings")
+    add_picture_flags(c, "out/scatter.png")
+
+    c = add_command(forest, "what several `compare --json` have found, a row each")
+    c.add_argument("files", nargs="+", help="what compare --json wrote")
+    c.add_argument("--paper", help="a JSON file with the paper's differences, to be drawn as rings")
+    add_picture_flags(c, "out/forest.png")
+
+    args, rest = p.parse_known_args(argv)
+    if args.function in (cost, plan):
+        args.train = train.get_args(rest)
+    elif rest:
+        p.error(f"unknown: {' '.join(rest)}; see python sanity.py {args.function.__name__} --help")
+    return args
 
 
 def main():
     args = get_args()
-    evaluate.listen()
-    try:
-        globals()[args.command](args)
-    except evaluate.Stopped:
-        raise SystemExit(75)
+    check_ranges(args)
+    args.function(args)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped")

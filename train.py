@@ -5,23 +5,36 @@ See it move on a laptop, no data needed:
 $ python train.py --data shapes
 The ResNet-50 / SiLU row of the README on 8 GPUs:
 $ torchrun --standalone --nproc_per_node=8 train.py --arch resnet50 --act silu
-What a run would cost, without data:
-$ python train.py --arch efficientnet_l1 --enhanced --plan
+Go on after a kill, a Ctrl-C or a full disk: the same command with --resume.
+
+The run's folder (--out) gets
+  args.json           all flags, the classes of the data, versions, the commit
+  log.txt, log.jsonl  what the screen showed, and the same numbers as one JSON object a line
+  model.pt            the weights to use: the average with --ema, the best with --early-stop
+  best.pt             the weights that did best on the held-out images
+  last.pt             everything that --resume needs; last.prev.pt is the one before
+
+On a machine that is busy with other work set OMP_NUM_THREADS=1: threads that wait for each other make a
+step many times slower than one thread does.
+
+Keys: SAT is the paper; equations, sections and tables are numbered as there.
 """
 import argparse
-import contextlib
+import copy
 import fcntl
+import hashlib
 import json
+import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -32,11 +45,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from activations import ACTIVATIONS
-from attacks import pgd, pgd_queue, uniform
-from evaluate import (Stopped, all_ranks, asked, device_name, duration, listen, open_device, progress,
-                      say, show, summed, tally)
-from models import (LOSS_SCALE, MODELS, attacker_view, averaged, build, count, in_precision, load_file,
-                    precision, save_file, share_statistics)
+from attacks import pgd, predict, random_start
+from models import (MODELS, attacker_view, build, in_precision, load_file, precision, read_state_dict,
+                    set_numerics, shares_storage)
 
 # --data picks the defaults of all other flags
 RECIPES = {
@@ -52,13 +63,33 @@ RECIPES = {
 # SAT Sec. 5.2; 0.2 at the last block is EfficientNet's rate, dropout is each network's own
 ENHANCED = dict(wd=1e-5, epochs=200, stochastic_depth=0.2, autoaugment=True, ema=True, early_stop=True)
 
-NOISE, CLEAN_START = 2, 3  # uniform's counters in training, beside data's AUGMENT
-PROGRESS = "epoch", "step", "ended", "best", "best_epoch", "top", "skipped"  # in every checkpoint
-# may differ on --resume
-FREE = "out", "resume", "workers", "device", "log_every", "save_every", "download", "plan"
-# torch 2.15 renames the argument, 2.11 does not know the new name
-warnings.filterwarnings("ignore", message=".*broadcast_buffers.*|.*barrier.*")
+# The least and the most that each flag with a number takes, in every script that has the flag
+RANGES = {
+    # data and output
+    "limit": (1, 10**9), "holdout": (0, 10**9), "save_every": (0, 10**6), "res": (16, 4096),
+    # network
+    "act_alpha": (1e-6, 1e6), "dropout": (0, 1), "stochastic_depth": (0, 1), "bn_eps": (1e-12, 1),
+    # optimization
+    "epochs": (1, 10**6), "batch_size": (1, 10**6), "accum": (1, 10**6), "lr": (1e-12, 1000),
+    "warmup_epochs": (0, 10**6), "wd": (0, 1000), "label_smoothing": (0, 1),
+    # attack
+    "eps": (0, 255), "step_size": (0, 255), "steps": (0, 10**6), "restarts": (1, 10**6),
+    "clean_start": (0, 1),
+    # how
+    "val_every": (1, 10**6), "log_every": (1, 10**6), "workers": (0, 1000), "seed": (0, 2**63 - 1),
+    "rounds": (1, 10**6), "scale": (0.1, 20),
+}
 
+RUN_FILES = ("args.json", "log.txt", "log.jsonl", "model.pt", "best.pt", "last.pt", "last.prev.pt")
+# Flags that --resume may change: nothing that the result depends on
+FREE = ("out", "resume", "init", "workers", "device", "log_every", "save_every", "download", "data_dir")
+
+# Newer versions of torch warn about arguments that the oldest one we support needs, and about the layout
+# of 1x1 convolutions' gradients in DDP, which costs nothing
+warnings.filterwarnings("ignore", message=".*broadcast_buffers.*|.*barrier.*|.*Grad strides.*")
+
+
+# Flags
 
 def get_args(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
@@ -72,6 +103,7 @@ def get_args(argv=None):
     p.add_argument("--holdout", type=int, help="training images kept to validate on, at most a tenth")
     p.add_argument("--out", default="out", help="the run's folder")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, or start it")
+    p.add_argument("--init", help="start from the weights in this file, torchvision's too")
     p.add_argument("--save-every", type=float, default=10, help="minutes between checkpoints")
     # network
     p.add_argument("--arch", choices=MODELS, metavar="ARCH", help=", ".join(MODELS))
@@ -81,12 +113,13 @@ def get_args(argv=None):
                    choices=["none", "attacker", "optimizer", "both"])
     p.add_argument("--dropout", type=float, help="rate; default: 0, with --enhanced the network's own")
     p.add_argument("--stochastic-depth", type=float, default=0.0, help="an EfficientNet's last rate")
+    p.add_argument("--bn-eps", type=float, default=1e-5, help="torchvision's b5 to b7 have 1e-3")
     p.add_argument("--res", type=int, help="pixels; default: the network's own, cifar10 and shapes 32")
     # optimization
     p.add_argument("--enhanced", action="store_true", help="Sec. 5.2: dropout, " + ", ".join(ENHANCED))
     p.add_argument("--epochs", type=int, help="the schedule scales with them")
     p.add_argument("--batch-size", type=int, help="images of one update, over all processes")
-    p.add_argument("--accum", type=int, default=1, help="parts a batch is worked off in, to save memory")
+    p.add_argument("--accum", type=int, default=1, help="parts a batch is split into, to save memory")
     p.add_argument("--lr", type=float, help="peak; default: imagenet 0.1 for each 256 of the batch")
     p.add_argument("--schedule", choices=["step", "onecycle"], help="x0.1 at 30, 60, 90%%; a line to 0")
     p.add_argument("--warmup-epochs", type=float, help="default: step 5%%, at most 5; onecycle 40%%")
@@ -95,491 +128,725 @@ def get_args(argv=None):
     p.add_argument("--label-smoothing", type=float, default=0.0, help="released code: 0.1")
     p.add_argument("--autoaugment", **switch, help="torchvision's AutoAugment")
     p.add_argument("--ema", **switch, help="average the weights; validate and keep the average")
-    p.add_argument("--early-stop", **switch, help="end when robustness falls 20 points; keep the best")
+    p.add_argument("--early-stop", **switch, help="end when robustness drops 20 points; keep the best")
     # the attack inside
     p.add_argument("--eps", type=float, help="L-inf radius in 1/255")
     p.add_argument("--step-size", type=float, help="in 1/255")
     p.add_argument("--steps", type=int, default=1, help="of PGD; 0 is normal training")
     p.add_argument("--clean-start", type=float, default=0.0, help="share attacked from the clean image")
-    p.add_argument("--attack-bn", default="eval", choices=["eval", "batch"], help="its statistics")
     # how
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "tf32", "bf16", "fp16"],
                    help="auto: bf16 on a GPU, fp32 on a CPU")
-    p.add_argument("--compile", **switch, help="torch.compile both views")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     p.add_argument("--val-every", type=int, help="epochs between validations")
     p.add_argument("--log-every", type=int, help="steps between log lines")
     p.add_argument("--workers", type=int, help="processes that read images, for each device")
     p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    p.add_argument("--plan", action="store_true", help="say what the run would cost, and exit")
 
+    # Parsed twice: --data and --enhanced decide what the other flags are by default
     first, _ = p.parse_known_args(argv)
-    p.set_defaults(**RECIPES[first.data] | (ENHANCED if first.enhanced else {}))
+    p.set_defaults(**RECIPES[first.data])
+    if first.enhanced:
+        p.set_defaults(**ENHANCED)
     args = p.parse_args(argv)
-    gpu = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
-    imagenet, step = args.data == "imagenet", args.schedule == "step"
-    derived = dict(
-        lr=0.1 * args.batch_size / 256, dropout=MODELS[args.arch].dropout if args.enhanced else 0.0,
-        warmup_epochs=min(5, 0.05 * args.epochs) if step else 0.4 * args.epochs,
-        res=MODELS[args.arch].res if imagenet else 32)
-    vars(args).update({name: value for name, value in derived.items() if vars(args)[name] is None})
-    args.dtype = ("bf16" if gpu else "fp32") if args.dtype == "auto" else args.dtype
+
+    if args.res is None:
+        args.res = data.DATA_SETS[args.data].res or MODELS[args.arch].res
+    if args.lr is None:
+        args.lr = 0.1 * args.batch_size / 256
+    if args.dropout is None:
+        args.dropout = MODELS[args.arch].dropout if args.enhanced else 0.0
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(5, 0.05 * args.epochs) if args.schedule == "step" else 0.4 * args.epochs
+    gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    if args.dtype == "auto":
+        args.dtype = "bf16" if gpu else "fp32"
+    if args.compile is None:
+        args.compile = gpu
     return args
 
 
+def need(condition, sentence):
+    """SystemExit with a sentence: what we got, what we need, what to type."""
+    if not condition:
+        raise SystemExit(sentence)
+
+
+def flag(name):
+    """The flag that fills args.name."""
+    return "--" + name.replace("_", "-")
+
+
+def check_ranges(args):
+    """SystemExit for a number that is not finite or not in its range, RANGES."""
+    for name, (least, most) in RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None:  # and NaN is in no range
+            need(least <= value <= most, f"{flag(name)} {value} is out of range; use {least} to {most}")
+
+
 def check(args, world):
-    """SystemExit for what argparse cannot see: what we got, what we need, what to type."""
-    parts = max(1, world * args.accum)
-    near = max(1, args.batch_size // parts) * parts
-    for bad, sentence in (
-        (args.accum < 1 or args.batch_size < 1 or args.batch_size % parts,
+    """SystemExit for flags that argparse cannot judge alone."""
+    check_ranges(args)
+    parts = world * args.accum
+    fewer = max(1, args.batch_size // parts) * parts
+    need(args.out.strip(), "--out is empty; name a folder, such as --out out")
+    need(args.batch_size % parts == 0,
          f"--batch-size {args.batch_size} does not split over {world} processes x --accum {args.accum}; "
-         f"use {near} or {near + parts}"),
-        (min(args.eps, args.steps) < 0, f"--eps {args.eps:g} --steps {args.steps}; use 0 or more"),
-        (args.steps > 0 and args.step_size <= 0, f"--step-size {args.step_size:g} is no attack; use "
-         f"--step-size {args.eps or 4:g}, or --steps 0 for normal training"),
-        *((not 0 <= vars(args)[k] <= 1, f"--{k.replace('_', '-')} {vars(args)[k]:g}: use 0 to 1")
-          for k in ("clean_start", "dropout", "stochastic_depth", "label_smoothing")),
-        (min(args.epochs, args.val_every, args.log_every) < 1, f"--epochs {args.epochs} --val-every "
-         f"{args.val_every} --log-every {args.log_every}; use 1 or more"),
-        ((args.limit or 2) < 2, f"--limit {args.limit} is no training set; use 2 or more"),
-        (not args.lr > 0, f"--lr {args.lr:g} trains nothing; use more than 0"),
-        (min(args.wd, args.warmup_epochs) < 0, "--wd and --warmup-epochs need 0 or more"),
-        (args.early_stop and not args.holdout, "--early-stop needs held-out images; use --holdout 1000"),
-    ):
-        if bad:
-            raise SystemExit(sentence)
+         f"use {fewer} or {fewer + parts}")
+    need(args.steps == 0 or args.step_size > 0,
+         f"--step-size {args.step_size:g} is no attack; use --step-size {args.eps or 4:g}, or --steps 0 "
+         "for normal training")
+    need(args.smooth_backward == "none" or args.act == "relu",
+         f"--smooth-backward is for ReLU, {args.act} has its own gradient; use --act relu")
+    need(not args.early_stop or args.holdout > 0,
+         "--early-stop needs held-out images; use --holdout 1000, or --no-early-stop")
+    need(args.device.startswith("cuda") or not args.compile or args.dtype != "bf16"
+         or torch.cuda.is_available(),
+         "--compile with --dtype bf16 gave NaN gradients on a CPU; use --dtype fp32 or --no-compile")
 
 
-# The pieces of a step
+# The machine
 
-def lr_at(args, epoch, step, n_steps):
-    """This step's learning rate: warm-up, then x0.1 at 30, 60 and 90% (SAT Sec. 3.1), or a line to 0."""
-    now = epoch + step / n_steps
-    warm = (now + 1 / n_steps) / args.warmup_epochs if args.warmup_epochs else 1.0
-    if args.schedule == "step":
-        fall = 0.1 ** sum(now >= share * args.epochs for share in (0.3, 0.6, 0.9))
-    else:
-        fall = (args.epochs - now) / max(args.epochs - args.warmup_epochs, 1 / n_steps)
-    return args.lr * min(warm, fall, 1.0)
+def open_device(name, dtype="fp32", wait=timedelta(minutes=30)):
+    """Where this process runs -> device, and torchrun's rank and world (0 and 1 without torchrun)."""
+    set_numerics(dtype)
+    numbers = []
+    for variable, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+        text = os.environ.get(variable, str(default))
+        need(text.isdigit(), f"{variable}={text} is no number; start with torchrun, or unset {variable}")
+        numbers.append(int(text))
+    rank, world, local_rank = numbers
 
-
-def parameter_groups(net, wd):
-    """Decay for convolution and linear weights; none for BatchNorm, biases and SmoothReLU's alpha."""
-    decayed = [m.weight for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    others = [p for p in net.parameters() if all(p is not d for d in decayed)]
-    return [{"params": decayed, "weight_decay": wd}, {"params": others, "weight_decay": 0.0}]
-
-
-def attack(args, model, x, y, index, epoch):
-    """The training attack (SAT Sec. 3.1) -> x_adv: PGD from a start that belongs to (seed, epoch, i)."""
-    if args.steps == 0:
-        return x
-    eps = args.eps / 255
-    noise = (2 * uniform(args.seed, index, (NOISE, epoch), x.shape[1:]) - 1) * eps
-    if args.clean_start:
-        noise *= uniform(args.seed, index, (CLEAN_START, epoch), (1, 1, 1)) >= args.clean_start
-    return pgd(model, x, y, eps, args.step_size / 255, args.steps, noise,
-               LOSS_SCALE.get(args.dtype, 1.0), check=False)
+    need(name != "mps", "--device mps is not supported: losses are summed in float64, which it lacks; "
+         "use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    known = ["cpu"] + [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    need(name in known, f"--device {name} is not here; use {', '.join(known)}, or fewer processes")
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=wait, device_id=device_id)
+    return device, rank, world
 
 
-def clock(device, timed):
-    if timed and device.type == "cuda":
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def clock(device):
+    """Seconds, after all that was asked of the device is done."""
+    if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def train_step(run, index, x, y, timed):
-    """One update from one batch: attack, forward, backward, step -> the attack's share of the time."""
-    args, attacking, began = run.args, 0.0, clock(run.device, timed)
-    torch.manual_seed(data.key(args.seed, run.epoch, run.step, run.rank))  # dropout, stochastic depth
-    parts = list(zip(x.chunk(args.accum), y.chunk(args.accum), index.chunk(args.accum)))
-    for part, (x_part, y_part, index_part) in enumerate(parts):
-        start = clock(run.device, timed)
-        x_adv = attack(args, run.attacker, x_part, y_part, index_part, run.epoch)
-        attacking += clock(run.device, timed) - start
-        alone = run.world == 1 or part == len(parts) - 1
-        with contextlib.nullcontext() if alone else run.trainee.no_sync():
-            with precision(args.dtype, run.device):
-                logits = run.trainee(x_adv)
-            logits = logits.float()
-            loss = F.cross_entropy(logits, y_part, label_smoothing=args.label_smoothing)
-            run.scaler.scale(loss * len(y_part) / len(y)).backward()
-        with torch.no_grad():  # what is logged: unsmoothed loss and error on the attacked batch
-            plain = F.cross_entropy(logits, y_part, reduction="sum")
-            run.sums += torch.stack([
-                plain.nan_to_num(0, 0, 0), (logits.argmax(1) != y_part).sum().float(),
-                torch.full_like(plain, len(y_part)), (~plain.isfinite()).float()])
-    scale = run.scaler.get_scale()
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.skipped += run.scaler.get_scale() < scale  # fp16 only: such a step changed nothing
-    run.optimizer.zero_grad(set_to_none=True)
-    share_statistics(run.net, run.world)
-    if run.ema:
-        run.ema.update_parameters(run.net)
-    return attacking / (clock(run.device, timed) - began)
+def all_ranks(tensor):
+    """Its sum over all processes."""
+    total = tensor.clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
 
 
-def validate(run, net):
-    """Clean and PGD-10 accuracy, step eps / 4, on this rank's share of the held-out images -> counts."""
-    args, held = run.args, run.held[run.rank::run.world]
-    exact = in_precision(attacker_view(net), "fp32", run.device)
-    model = exact if args.dtype == "fp32" else in_precision(attacker_view(net), args.dtype, run.device)
-    slots = min(250, max(1, args.batch_size // (run.world * args.accum)))
-    batches = data.eval_batches(run.images, held, slots, run.workers, run.device)
-    began, lines = time.monotonic(), []
-    for line in pgd_queue(
-            model, batches, slots, args.eps / 255, args.eps / 4 / 255, 10, seed=args.seed,
-            exact=None if model is exact else exact, loss_scale=LOSS_SCALE.get(args.dtype, 1.0),
-            tick=lambda: progress(began, len(lines), len(held), "validation ")):
-        lines.append(line)
-    return tally(lines, 10)
+def listen():
+    """From here on SIGINT and SIGTERM only set the event returned; a second Ctrl-C ends at once."""
+    stop_asked = threading.Event()
+
+    def ask(number, frame):
+        stop_asked.set()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
+    return stop_asked
+
+
+def show(text):
+    """A line on the terminal that the next one overwrites; nothing where no person looks."""
+    if sys.stdout.isatty() and os.environ.get("RANK", "0") == "0":
+        print(f"\r\033[K{text}", end="", flush=True)
+
+
+def say(text):
+    """A line that stays. Where nobody reads any more, as behind `| head`, the work goes on silently."""
+    show("")
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def duration(seconds):
+    """3h12m, or below an hour 4m05s."""
+    minutes, seconds = divmod(int(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    return f"{minutes}m{seconds:02d}s"
 
 
 # The run's folder
 
 class Log:
-    """log.txt and log.jsonl of rank 0. log.txt is locked: two runs cannot write into one folder."""
+    """log.txt and log.jsonl, by rank 0. log.txt is locked: two runs cannot write into one folder."""
 
-    def __init__(self, out, active):
-        self.active = active
-        if active:
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-                self.files = [open(out / name, "a", buffering=1) for name in ("log.txt", "log.jsonl")]
-                fcntl.lockf(self.files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with us; flock does not
-            except BlockingIOError:
-                raise SystemExit(f"another run writes into {out}; wait for it, or choose another --out")
-            except OSError as error:
-                raise SystemExit(f"cannot write into {out} ({error.strerror}); choose another --out")
+    def __init__(self, out, rank):
+        self.active = rank == 0
+        if not self.active:
+            return
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self.text = open(out / "log.txt", "a", buffering=1)
+            self.json = open(out / "log.jsonl", "a", buffering=1)
+            fcntl.lockf(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, unlike flock
+        except BlockingIOError:
+            raise SystemExit(f"another run writes into {out}; wait for it, or choose another --out")
+        except OSError as error:
+            raise SystemExit(f"cannot write into {out} ({error.strerror}); choose another --out")
 
     def __call__(self, text, **values):
-        if self.active:
-            say(text)
-            self.files[0].write(text + "\n")
+        if not self.active:
+            return
+        say(text)
+        try:
+            self.text.write(text + "\n")
             if values:
-                self.files[1].write(json.dumps(values) + "\n")
+                self.json.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise SystemExit(f"cannot write the log ({error.strerror}): is the disk full? Make room, "
+                             "then go on with --resume")
 
 
-def open_folder(args, rank, world, facts, notes):
-    """The run's log, and its last whole checkpoint or None. SystemExit rather than losing a run."""
-    out = Path(args.out)
-    if rank == 0:
-        for name in ("args.json", "last.pt", "model.pt", "log.txt") if not args.resume else ():
-            if (out / name).exists():
-                raise SystemExit(f"{out} holds a run ({name}); go on with --resume, or in another --out")
-    log = Log(out, rank == 0)
-    if world > 1:
-        dist.barrier()
+def save_file(path, content, previous=None):
+    """Write tensors under a temporary name, flush, rename: path is whole, old or new, at any moment.
 
-    state, damaged = None, []
+    previous: the name under which the file before stays. SystemExit where the disk is full or read-only.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            path.replace(previous)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"cannot write {path} ({reason}): is the disk full? What was written before is "
+                         "whole; make room, then go on with --resume")
+
+
+def read_json(path):
+    """A JSON object. SystemExit if it is missing, damaged, or anything else."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise SystemExit(f"no file {path}; is {path.parent} the folder of a run?")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} is damaged ({error}); restore it, or use another folder")
+    need(isinstance(content, dict), f"{path} holds no JSON object; restore it, or use another folder")
+    return content
+
+
+def write_json(path, content):
+    """A JSON object, whole or not at all. SystemExit where the disk is full or read-only."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise SystemExit(f"cannot write {path} ({error.strerror}): is the disk full? Make room, then "
+                         "give the same command again")
+
+
+def read_checkpoint(out, log):
+    """last.pt, or last.prev.pt where last.pt is damaged or missing -> its content; None without both."""
+    damaged = []
     for path in (out / "last.pt", out / "last.prev.pt"):
-        if args.resume and state is None and path.exists():
+        if path.exists():
             try:
                 state = load_file(path)
-            except SystemExit as reason:
-                damaged.append(str(reason))
-    if damaged and state is None:
-        raise SystemExit(f"{'; '.join(damaged)}: nothing to go on from; start again in another --out")
-    for reason in damaged:
-        log(f"{reason}: going on from {out / 'last.prev.pt'}")
-
-    mine = {**vars(args), **facts}
-    if state is not None:
-        theirs = json.loads((out / "args.json").read_text())
-        differ = [f"--{name.replace('_', '-')} {theirs.get(name)} (now {value})"
-                  for name, value in mine.items() if name not in FREE and theirs.get(name) != value]
-        if differ:
-            raise SystemExit(f"the run in {out} has {', '.join(differ)}; use its flags or another --out")
-        if state["world"] != world:
-            log(f"going on with {world} processes instead of {state['world']}: not bit-exact")
-    if rank == 0:
-        for file, length in zip(log.files, state["log"] if state else [0, 0]):
-            file.truncate(length)
-            file.seek(0, os.SEEK_END)
-        if not state:
-            (out / "args.json").write_text(json.dumps({**mine, **notes}, indent=1) + "\n")
-    return log, state
+                need(isinstance(state, dict) and "optimizer" in state, f"{path} is no checkpoint")
+            except SystemExit as error:
+                damaged.append(str(error))
+                continue
+            for sentence in damaged:
+                log(f"{sentence}: going on from {path}")
+            return state
+    need(not damaged, f"{'; '.join(damaged)}: nothing to go on from; start again in another --out")
+    return None
 
 
-# The run
+def differences(saved, args, facts):
+    """What --resume must not change and has changed -> clauses, against the args.json of the run."""
+    clauses = []
+    for name, value in vars(args).items():
+        if name not in FREE and saved.get(name) != value:
+            clauses.append(f"{flag(name)} {saved.get(name)} (now {value})")
+    if saved.get("n_images") != facts["n_images"]:
+        clauses.append(f"{saved.get('n_images')} images in its data (now {facts['n_images']})")
+    elif saved.get("classes") != facts["classes"]:
+        clauses.append("other classes in its data")
+    elif saved.get("names") != facts["names"]:
+        clauses.append("other file names or other labels in its data")
+    return clauses
+
+
+def init_from(net, path, log):
+    """Take every tensor of the file that fits by name and shape -> a hash of the file.
+
+    What stays at its initialisation is named, such as a classifier for other classes.
+    """
+    wanted = net.state_dict()
+    taken = {}
+    for name, tensor in read_state_dict(path).items():
+        if name in wanted and wanted[name].shape == tensor.shape:
+            taken[name] = tensor
+    n_weights = sum(tensor.ndim > 0 for tensor in taken.values())  # BatchNorm's counters fit anywhere
+    need(n_weights > 0, f"--init {path}: no tensor fits this network by name and shape; use the --arch "
+         "that the file is of")
+    net.load_state_dict(taken, strict=False)
+    missing = [name for name in wanted if name not in taken]
+    shown = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
+    log(f"--init {path}: {len(taken)} of {len(wanted)} tensors taken; "
+        f"{len(missing)} stay at their initialisation{': ' if missing else ''}{shown}")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
+# The pieces of a step
 
 def network(args, num_classes):
-    torch.manual_seed(args.seed)
-    return build(args.arch, args.act, num_classes, args.act_alpha,
-                 args.smooth_backward in ("optimizer", "both"), args.dropout, args.stochastic_depth,
-                 small_input=args.data != "imagenet")
+    """The optimizer's view of the network that the flags describe."""
+    return build(
+        args.arch, args.act, num_classes, act_alpha=args.act_alpha,
+        smooth_backward=args.smooth_backward in ("optimizer", "both"), dropout=args.dropout,
+        stochastic_depth=args.stochastic_depth, small_input=data.DATA_SETS[args.data].small_input,
+        bn_eps=args.bn_eps)
 
 
-def assemble(args, device, rank, world, num_classes, weights=None):
-    """Network, both its views, optimizer: in the order that keeps one storage -> namespace."""
-    net = network(args, num_classes)
-    cuda = device.type == "cuda"
-    net.to(device, memory_format=torch.channels_last if cuda else torch.contiguous_format)
-    if weights:
-        net.load_state_dict(weights)
-    view = attacker_view(net, args.smooth_backward in ("attacker", "both"), args.attack_bn == "batch")
-    torch._dynamo.config.recompile_limit = 64  # all views and batch shapes share one `forward`
-    compiled = partial(torch.compile, dynamic=False) if args.compile else lambda module: module
-    trainee = compiled(net.train())
-    if world > 1:
-        trainee = DistributedDataParallel(trainee, device_ids=[device] if cuda else None,
-                                          broadcast_buffers=False, gradient_as_bucket_view=True)
-    return SimpleNamespace(
-        args=args, device=device, rank=rank, world=world, net=net, view=view, trainee=trainee,
-        attacker=in_precision(compiled(view), args.dtype, device),
-        ema=averaged(net) if args.ema else None,
-        optimizer=torch.optim.SGD(parameter_groups(net, args.wd), args.lr, momentum=0.9,
-                                  nesterov=args.nesterov, fused=cuda),
-        scaler=torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"),
-        # where we are, the best so far, and the epoch's sums: loss, errors, images, losses not finite
-        epoch=0, step=0, ended="", best=-1.0, best_epoch=0, top=0.0, skipped=0,
-        sums=torch.zeros(4, dtype=torch.float64, device=device))
+def parameter_groups(net, wd):
+    """Decay for convolution and linear weights; none for norms, biases and SmoothReLU's alpha."""
+    decayed = []
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            decayed.append(module.weight)
+    decayed_ids = {id(p) for p in decayed}
+    others = [p for p in net.parameters() if id(p) not in decayed_ids]
+    return [{"params": decayed, "weight_decay": wd}, {"params": others, "weight_decay": 0.0}]
 
 
-def set_up(args):
-    """Data, folder, network, and all of it as the last checkpoint left it -> namespace."""
-    device, rank, world = open_device(args.device, args.dtype)
-    check(args, world)
-    if args.download and rank == 0:
-        data.load(args.data, args.data_dir, True, args.res, download=True)
-    if args.download and world > 1:
-        dist.barrier()
-    images = data.load(args.data, args.data_dir, True, args.res, device=device)
-    members, held = data.hold_out(images.n, args.limit, args.holdout)
-    n_steps = len(data.epoch_batches(members, 0, args.seed, args.batch_size, world))
-    if n_steps == 0:
-        raise SystemExit(f"{len(members)} training images are no batch for {world} processes; give more")
-    num_classes, here = len(images.classes), shlex.quote(str(Path(__file__).parent))
-    with torch.device("meta"):  # refuses what these refuse, before there is a folder
-        attacker_view(network(args, num_classes), args.smooth_backward in ("attacker", "both"))
-    facts = dict(classes=images.classes, small_input=args.data != "imagenet", n_images=images.n)
-    log, state = open_folder(args, rank, world, facts, dict(
-        num_classes=num_classes, processes=world, python=sys.version.split()[0], torch=torch.__version__,
-        torchvision=torchvision.__version__,
-        commit=subprocess.getoutput(f"git -C {here} describe --always --dirty 2>/dev/null")))
-
-    run = assemble(args, device, rank, world, num_classes, state and state["model"])
-    if state:
-        run.optimizer.load_state_dict(state["optimizer"])
-        for p, kept in run.optimizer.state.items():  # strides differ between a CPU and a GPU
-            kept["momentum_buffer"] = torch.empty_like(p).copy_(kept["momentum_buffer"])
-        run.scaler.load_state_dict(state["scaler"])
-        if run.ema:
-            run.ema.load_state_dict(state["ema"])
-        vars(run).update({name: state[name] for name in PROGRESS})
-        run.sums += torch.tensor(state["sums"], dtype=torch.float64, device=device) * (rank == 0)
-    mine, theirs = ({t.data_ptr() for t in (*tree.parameters(), *tree.buffers())}
-                    for tree in (run.net, run.view))
-    assert theirs <= mine, "the two views must share their storage"
-    vars(run).update(
-        images=images, members=members, held=held, n_steps=n_steps, log=log, out=Path(args.out),
-        saved=time.monotonic(), unreadable=set(),
-        workers=data.loader_processes(args.workers, args.data, world),
-        votes=dist.new_group(backend="gloo", timeout=timedelta(hours=24)) if world > 1 else None)
-    return run
+def lr_at(args, epoch, step, n_steps):
+    """This step's learning rate: warm-up, then x0.1 at 30, 60 and 90% (SAT Sec. 3.1), or a line to 0."""
+    now = epoch + step / n_steps
+    warmup = 1.0
+    if args.warmup_epochs > 0:
+        warmup = min(1.0, (now + 1 / n_steps) / args.warmup_epochs)
+    if args.schedule == "step":
+        n_drops = sum(now >= share * args.epochs for share in (0.3, 0.6, 0.9))
+        decay = 0.1**n_drops
+    else:
+        decay = (args.epochs - now) / max(args.epochs - args.warmup_epochs, 1 / n_steps)
+    return args.lr * min(warmup, decay)
 
 
-def vote(run):
-    """Was any rank asked to stop, does rank 0 find a checkpoint due? One answer for all ranks."""
-    due = run.rank == 0 and time.monotonic() - run.saved > 60 * run.args.save_every
-    ballot = torch.tensor([bool(asked.signal), due], dtype=torch.int32)
-    if run.world > 1:
-        dist.all_reduce(ballot, dist.ReduceOp.MAX, group=run.votes)
-    return ballot.bool().tolist()
+def attack(args, model, x, y):
+    """The training attack (SAT Sec. 3.1) -> x_adv. Its random start comes from torch's generator."""
+    if args.steps == 0:
+        return x
+    eps = args.eps / 255
+    noise = torch.empty_like(x).uniform_(-eps, eps)
+    if args.clean_start > 0:
+        is_random = torch.rand(len(x), 1, 1, 1, device=x.device) >= args.clean_start
+        noise = noise * is_random
+    return pgd(model, x, y, eps=eps, step_size=args.step_size / 255, steps=args.steps, noise=noise,
+               check=False)
 
 
-def save(run):
-    """last.pt: everything to go on exactly, and nothing that is not finite. All ranks call it."""
-    total = all_ranks(run.sums)
-    refuse_nonfinite(run, total)
-    run.sums = total * (run.rank == 0)
-    if run.rank == 0:
-        save_file(run.out / "last.pt", {
-            "model": run.net.state_dict(), "optimizer": run.optimizer.state_dict(),
-            "scaler": run.scaler.state_dict(), "ema": run.ema and run.ema.state_dict(),
-            "sums": total.tolist(), "world": run.world, "log": [file.tell() for file in run.log.files],
-            **{name: vars(run)[name] for name in PROGRESS}})
-    run.saved = time.monotonic()
+@torch.no_grad()
+def batch_sums(logits, y):
+    """What is logged of a batch -> (4,) float64: cross-entropy, errors, images, losses not finite.
+
+    The loss here has no label smoothing. It stays on the device: a step waits for nothing.
+    """
+    losses = F.cross_entropy(logits, y, reduction="none").double()
+    loss_sum = losses.nan_to_num(0, 0, 0).sum()
+    n_errors = (logits.argmax(1) != y).sum().double()
+    n_images = torch.full_like(loss_sum, len(y))
+    n_not_finite = (~losses.isfinite()).sum().double()
+    return torch.stack([loss_sum, n_errors, n_images, n_not_finite])
 
 
-def stop(run):
-    save(run)
-    run.log(f"stopped at epoch {run.epoch + 1}, step {run.step}; go on with --resume")
-    raise SystemExit(75)  # torchrun's own code is 1
+@torch.no_grad()
+def average_batchnorm_statistics(net, world):
+    """One all-reduce after each step, so that every rank attacks, validates and saves the same network.
+
+    Differs from SAT: its code keeps one process's statistics.
+    """
+    statistics = [b for name, b in net.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    if world > 1 and statistics:
+        flat = torch.cat(statistics)
+        dist.all_reduce(flat)
+        means = (flat / world).split([len(b) for b in statistics])
+        torch._foreach_copy_(statistics, list(means))
 
 
-def refuse_nonfinite(run, total):
-    """SystemExit if a loss was not finite (fp16 skips such steps), or a weight is not."""
-    finite = torch.stack([t.isfinite().all() for t in run.net.state_dict().values()]).all()
-    if not finite or (total[3] > 0 and run.args.dtype != "fp16"):
-        lr = run.optimizer.param_groups[0]["lr"]
-        good = [str(p) for p in (run.out / "last.pt", run.out / "last.prev.pt") if p.exists()]
-        raise SystemExit(f"loss or weights not finite at epoch {run.epoch + 1}, step {run.step} (lr "
-                         f"{lr:.3g}); last good checkpoint: {(good + ['none'])[0]}; try a smaller --lr")
+@torch.no_grad()
+def update_ema(ema, net, n_updates):
+    """ema, a copy of net, moves towards it, buffers too; decay min(0.9999, (1 + t) / (10 + t))."""
+    decay = min(0.9999, (1 + n_updates) / (10 + n_updates))
+    for mean, value in zip(ema.state_dict().values(), net.state_dict().values()):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)
 
 
-def name_unreadable(run):
-    """Name in the log, once, each image file that could not be read, whichever rank met it."""
-    met = [run.images.broken]
-    if run.world > 1:
-        met = [None] * run.world
-        dist.all_gather_object(met, run.images.broken, group=run.votes)
-    for reason in sorted(set(sum(met, [])) - run.unreadable):
-        run.unreadable.add(reason)
-        run.log(f"cannot read {reason}; its neighbour stands in ({len(run.unreadable)} such files)")
-    run.images.broken.clear()
+def validate(args, model, images, held_out, workers, device, rank, world):
+    """PGD-10 (step eps / 4, last iterate) on the held-out images -> n, n_correct, n_robust of all ranks.
+
+    The starts belong to the images: every epoch attacks from the same ones.
+    """
+    counts = torch.zeros(3, dtype=torch.int64, device=device)
+    own = held_out[rank::world]
+    batch_size = min(250, max(1, args.batch_size // (world * args.accum)))
+    eps = args.eps / 255
+    for index, x, y in data.eval_batches(images, own, batch_size, workers=workers, device=device):
+        show(f"validation {int(counts[0])}/{len(own)}")
+        noise = random_start(x, eps, args.seed, index)
+        x_adv = pgd(model, x, y, eps=eps, step_size=eps / 4, steps=10, noise=noise)
+        with torch.no_grad():
+            correct = predict(model(x)) == y
+            robust = correct & (predict(model(x_adv)) == y)
+        counts += torch.stack([torch.ones_like(y).sum(), correct.sum(), robust.sum()])
+    return all_ranks(counts).tolist()
 
 
-def log_step(run, share, line):
-    """One line, over all ranks since `line`, the (sums, time) of the one before -> the new `line`."""
-    args, total, now = run.args, all_ranks(run.sums), time.monotonic()
-    refuse_nonfinite(run, total)
-    name_unreadable(run)
-    loss, errors, n = (total - line[0])[:3].tolist()
-    speed, lr = n / (now - line[1]), run.optimizer.param_groups[0]["lr"]
-    n_done = run.epoch * run.n_steps + run.step
-    eta = (now - run.began) / (n_done - run.began_at) * (args.epochs * run.n_steps - n_done)
-    run.log(
-        f"epoch {run.epoch + 1:3d}/{args.epochs} | step {run.step:5d}/{run.n_steps} | "
-        f"loss {loss / n:7.4f} | adv {100 - 100 * errors / n:5.2f}% | lr {lr:.4f} | {speed:5.0f} img/s "
-        f"| attack {100 * share:2.0f}% | eta {duration(eta)}", kind="step", epoch=run.epoch + 1,
-        step=run.step, loss=loss / n, error=errors / n, lr=lr, speed=speed, attack_share=share)
-    return total, now
-
-
-def end_epoch(run, began):
-    """Log the epoch, validate, keep the best weights, look for catastrophic overfitting, save."""
-    args, total = run.args, all_ranks(run.sums)
-    counted, final = {}, run.epoch + 1 == args.epochs
-    if len(run.held) and (final or (run.epoch + 1) % args.val_every == 0):
-        with contextlib.suppress(Stopped):
-            counted["raw"] = validate(run, run.net)
-            counted["kept"] = validate(run, run.ema.module) if run.ema else counted["raw"]
-        if vote(run)[0]:
-            stop(run)  # at the epoch's last step: --resume validates first
-        counted = {name: summed(counts, run.device) for name, counts in counted.items()}
-
-    run.epoch, run.step, run.sums = run.epoch + 1, 0, torch.zeros_like(run.sums)
-    loss, error = (total[:2] / total[2]).tolist()
-    name = f"epoch {run.epoch:3d}/{args.epochs}"
-    skipped = f" | {run.skipped} steps skipped" * bool(run.skipped)
-    run.log(f"{name} | train loss {loss:.4f} | train error {100 * error:.2f}% | "
-            f"{duration(time.monotonic() - began)}{skipped}",
-            kind="epoch", epoch=run.epoch, loss=loss, error=error, skipped=run.skipped)
-    kept, better = (run.ema.module if run.ema else run.net).state_dict(), False
-    if counted:
-        n, n_correct, n_robust = (counted["kept"][key] for key in ("n", "n_correct", "n_robust"))
-        raw = counted["raw"]["n_robust"] / n  # an average would show a collapse too late
-        clean, robust = n_correct / n, n_robust / n
-        better, run.top = robust > run.best, max(run.top, raw)
-        if better:
-            run.best, run.best_epoch = robust, run.epoch
-        run.log(f"{name} | held-out clean {100 * clean:.2f}% | robust {100 * robust:.2f}% (PGD-10, eps "
-                f"{args.eps:g}, n {n}) | best {100 * run.best:.2f}% at epoch {run.best_epoch}",
-                kind="val", epoch=run.epoch, n=n, clean=clean, robust=robust, raw_robust=raw)
-        if args.early_stop and run.top - raw > 0.2:
-            run.ended = (f"stopped early: robust accuracy fell from {run.top:.1%} to {raw:.1%}, "
-                         f"catastrophic overfitting; model.pt is best.pt, from epoch {run.best_epoch}")
-    for name, due in (("best.pt", better), ("model.pt", better or not args.early_stop)):
-        if run.rank == 0 and due:
-            save_file(run.out / name, kept)
-    save(run)
+def name_unreadable(images, named, log, group):
+    """Name on the log, once, each image file that could not be read, whichever rank met it."""
+    every_rank = [images.unreadable]
+    if group is not None:
+        every_rank = [None] * dist.get_world_size()
+        dist.all_gather_object(every_rank, images.unreadable, group=group)
+    for reasons in every_rank:
+        for reason in reasons:
+            if reason not in named:
+                named.add(reason)
+                log(f"cannot read {reason}; its neighbour stands in ({len(named)} such files)")
+    images.unreadable.clear()
 
 
 def main():
     args = get_args()
-    if args.plan:
-        return plan(args)
-    run = set_up(args)
-    n, size = len(run.members), sum(p.numel() for p in run.net.parameters()) / 1e6
-    run.log(f"{args.arch} {args.act}, {size:.2f}M parameters; {args.data}, {n} images, {len(run.held)} "
-            f"held out; {run.n_steps} steps of {min(args.batch_size, n)}; {args.dtype} on {run.world} "
-            f"{device_name(run.device)}")
-    if run.epoch or run.step:
-        run.log(f"going on at epoch {run.epoch + 1}, step {run.step}")
-    listen()
-    run.began, run.began_at = time.monotonic(), run.epoch * run.n_steps + run.step
-    stream = data.train_batches(
-        run.images, run.members, args.batch_size, args.epochs, args.seed, (run.epoch, run.step),
-        run.rank, run.world, run.workers, run.device, args.autoaugment)
-    while run.epoch < args.epochs and not run.ended:
-        began, line = time.monotonic(), (all_ranks(run.sums), time.monotonic())
-        while run.step < run.n_steps:
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr_at(args, run.epoch, run.step, run.n_steps)
-            timed = (run.step + 1) % args.log_every == 0 or run.step + 1 == run.n_steps
-            share = train_step(run, *next(stream), timed)
-            run.step += 1
-            if timed:
-                line = log_step(run, share, line)
+    device, rank, world = open_device(args.device, args.dtype)
+    check(args, world)
+    out = Path(args.out)
+
+    # Data
+    if args.download and rank == 0:
+        data.load(args.data, args.data_dir, train=True, res=args.res, download=True)
+    if args.download and world > 1:
+        dist.barrier()
+    show(f"loading {args.data}")
+    images = data.load(args.data, args.data_dir, train=True, res=args.res, device=device)
+    members, held_out = data.hold_out(images.n, args.limit, args.holdout)
+    n_steps = len(data.epoch_batches(members, 0, args.seed, args.batch_size, world))
+    need(n_steps > 0, f"{len(members)} training images make no batch for {world} processes; use more "
+         "images or fewer processes")
+    need(len(held_out) > 0 or not args.early_stop,
+         f"--early-stop needs held-out images, and a tenth of {images.n} is none; use more images")
+    workers = data.loader_workers(args.workers, images, world)
+
+    # The network
+    torch.manual_seed(args.seed)
+    net = network(args, len(images.classes))
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    net.to(device, memory_format=layout)
+
+    # The run's folder: a checkpoint to go on from, weights to start from, or neither
+    holds = [name for name in RUN_FILES if (out / name).exists() and (out / name).stat().st_size > 0]
+    need(not holds or args.resume or rank > 0,
+         f"{out} holds a run ({', '.join(holds)}); go on with --resume, or in another --out")
+    log = Log(out, rank)
+    if world > 1:
+        dist.barrier()
+    state = read_checkpoint(out, log) if args.resume else None
+    results = [name for name in holds if name != "args.json"]
+    need(state or not results or rank > 0,
+         f"{out} holds a run ({', '.join(results)}) and no checkpoint to go on from; start again in "
+         "another --out")
+    facts = dict(classes=images.classes, n_images=images.n, names=images.names(),
+                 small_input=data.DATA_SETS[args.data].small_input)
+    if state:
+        clauses = differences(read_json(out / "args.json"), args, facts)
+        need(not clauses, f"the run in {out} has {', '.join(clauses)}; use its flags and its data, or "
+             "another --out")
+        try:
+            net.load_state_dict(state["model"])
+        except RuntimeError:
+            raise SystemExit(f"{out / 'last.pt'} is not of the network in args.json; use another --out")
+        if state["world"] != world:
+            log(f"going on with {world} processes instead of {state['world']}: not bit-exact")
+    elif args.init:
+        facts["init_hash"] = init_from(net, args.init, log)
+    if rank == 0 and not state:
+        folder = shlex.quote(str(Path(__file__).parent))
+        facts["commit"] = subprocess.getoutput(f"git -C {folder} describe --always --dirty 2>/dev/null")
+        facts["processes"] = world
+        facts["python"] = sys.version.split()[0]
+        facts["torch"] = torch.__version__
+        facts["torchvision"] = torchvision.__version__
+        write_json(out / "args.json", {**vars(args), **facts})
+
+    # Two views over one storage, the attacker's and the optimizer's; from here on nothing may move it.
+    # The attack touches neither DDP nor train mode, and as its view is frozen, a compiled backward pass
+    # computes no weight gradient either: 2 forwards' worth of work an attack step instead of 3
+    view = attacker_view(net, smooth_backward=args.smooth_backward in ("attacker", "both"))
+    attack_model = view
+    train_model = net.train()
+    if args.compile:
+        attack_model = torch.compile(view, dynamic=False)
+        train_model = torch.compile(net, dynamic=False)
+    attack_model = in_precision(attack_model, args.dtype, device)
+    if world > 1:  # buffers are averaged by ourselves, after each step
+        device_ids = [device] if device.type == "cuda" else None
+        train_model = DistributedDataParallel(train_model, device_ids=device_ids,
+                                              broadcast_buffers=False, gradient_as_bucket_view=True)
+    ema = copy.deepcopy(net).eval().requires_grad_(False) if args.ema else None
+    kept_net = ema if args.ema else net  # the weights that are validated and kept
+    val_model = in_precision(attacker_view(kept_net), args.dtype, device)
+
+    # Optimizer and scaler (which does nothing but in float16)
+    optimizer = torch.optim.SGD(parameter_groups(net, args.wd), args.lr, momentum=0.9,
+                                nesterov=args.nesterov, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+
+    # Where we are, the best so far, and this epoch's sums (batch_sums)
+    epoch = 0
+    step = 0
+    n_updates = 0
+    n_skipped = 0  # steps that float16 skipped
+    best = -1.0
+    best_epoch = 0
+    ended = ""
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        for p, buffers in optimizer.state.items():
+            for name, value in buffers.items():
+                # Not as it was saved: the strides of a CPU's tensors differ from a GPU's
+                if torch.is_tensor(value) and value.shape == p.shape:
+                    buffers[name] = torch.empty_like(p).copy_(value)
+        scaler.load_state_dict(state["scaler"])
+        if args.ema:
+            ema.load_state_dict(state["ema"])
+        epoch = state["epoch"]
+        step = state["step"]
+        n_updates = state["n_updates"]
+        n_skipped = state["n_skipped"]
+        best = state["best"]
+        best_epoch = state["best_epoch"]
+        ended = state["ended"]
+        if rank == 0:  # the sums of all ranks, so one of them takes them
+            sums += torch.tensor(state["sums"], dtype=torch.float64, device=device)
+    assert shares_storage(net, view), "the two views must share their storage"
+    gloo = None  # for what the ranks agree on
+    if world > 1:
+        gloo = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+        places = [None] * world
+        dist.all_gather_object(places, (epoch, step), group=gloo)
+        need(len(set(places)) == 1, f"the processes see different checkpoints in {out}, (epoch, step) "
+             f"{places}; --out needs to be one folder for all nodes")
+
+    def refuse_not_finite(total):
+        """SystemExit if a loss of this epoch, or a weight, is not finite."""
+        weights_finite = torch.stack([t.isfinite().all() for t in net.state_dict().values()]).all()
+        if total[3] == 0 and weights_finite:
+            return
+        sentence = (f"loss or weights are not finite at epoch {epoch + 1}, step {step} (lr {lr:.3g}); "
+                    f"last good checkpoint: {out / 'last.pt'}")
+        if total[3] < total[2]:  # some of the epoch's losses were finite, so updates spoiled the weights
+            sentence += "; try a smaller --lr"
+        raise SystemExit(sentence)
+
+    def save():
+        """last.pt: everything to go on exactly, and nothing that is not finite. All ranks call it."""
+        total = all_ranks(sums)
+        refuse_not_finite(total)
+        if rank == 0:
+            save_file(out / "last.pt", {
+                "model": net.state_dict(), "ema": ema.state_dict() if args.ema else None,
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "epoch": epoch, "step": step, "sums": total.tolist(), "world": world,
+                "n_updates": n_updates, "n_skipped": n_skipped,
+                "best": best, "best_epoch": best_epoch, "ended": ended,
+            }, previous=out / "last.prev.pt")
+
+    # The loop
+    lr = args.lr
+    if not state:
+        save()  # from here on there is something to go on from
+    size = sum(p.numel() for p in net.parameters()) / 1e6
+    log(f"{args.arch} {args.act}, {size:.2f}M parameters; {args.data}, {len(members)} images, "
+        f"{len(held_out)} held out; {n_steps} steps of {min(args.batch_size, len(members))}; "
+        f"{args.dtype} on {world} {device_name(device)}")
+    if state and epoch < args.epochs and not ended:
+        log(f"going on at epoch {epoch + 1}, step {step}", kind="resume", epoch=epoch + 1, step=step)
+    torch.backends.cudnn.benchmark = True
+    stop_asked = listen()
+    began = time.monotonic()
+    last_save = began
+    n_done_before = epoch * n_steps + step  # by earlier processes
+    seconds_validating = 0.0
+    n_validations = 0
+    named_unreadable = set()
+    advised = False  # about a slow loader
+    batches = data.train_batches(
+        images, members, args.batch_size, args.epochs, seed=args.seed, start=(epoch, step), rank=rank,
+        world=world, workers=workers, device=device, autoaugment=args.autoaugment)
+
+    while epoch < args.epochs and not ended:
+        epoch_began = time.monotonic()
+        line_began = epoch_began
+        line_total = all_ranks(sums)
+        seconds_waiting = 0.0
+        while step < n_steps:
+            wait_began = time.monotonic()
+            index, x, y = next(batches)
+            seconds_waiting += time.monotonic() - wait_began
+
+            # One update. The attack's start, dropout and stochastic depth draw from torch's generator,
+            # seeded anew each step: nothing random needs saving, a resumed run is the same run
+            torch.manual_seed(data.key(args.seed, epoch, step, rank))
+            lr = lr_at(args, epoch, step, n_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            x_parts = x.chunk(args.accum)
+            y_parts = y.chunk(args.accum)
+            for part, (x_part, y_part) in enumerate(zip(x_parts, y_parts)):
+                x_adv = attack(args, attack_model, x_part, y_part)
+                if world > 1:  # gradients are summed over the ranks once, with the last part
+                    train_model.require_backward_grad_sync = part + 1 == len(x_parts)
+                with precision(args.dtype, device):
+                    logits = train_model(x_adv)
+                logits = logits.float()
+                loss = F.cross_entropy(logits, y_part, label_smoothing=args.label_smoothing)
+                scaler.scale(loss * len(x_part) / len(x)).backward()
+                sums += batch_sums(logits, y_part)
+            scale_before = scaler.get_scale()  # 1 but in float16
+            scaler.step(optimizer)
+            scaler.update()
+            if scaler.get_scale() < scale_before:
+                n_skipped += 1
+            optimizer.zero_grad(set_to_none=True)
+            average_batchnorm_statistics(net, world)
+            n_updates += 1
+            if args.ema:
+                update_ema(ema, net, n_updates)
+            step += 1
+
+            # A log line, over all ranks since the line before
+            if step % args.log_every == 0 or step == n_steps:
+                total = all_ranks(sums)
+                refuse_not_finite(total)
+                name_unreadable(images, named_unreadable, log, gloo)
+                now = time.monotonic()
+                loss_sum, n_errors, n_seen, _ = (total - line_total).tolist()
+                speed = n_seen / (now - line_began)
+                waiting = seconds_waiting / (now - line_began)
+                n_done = epoch * n_steps + step
+                n_remaining = args.epochs * n_steps - n_done
+                seconds_a_step = (now - began - seconds_validating) / (n_done - n_done_before)
+                eta = n_remaining * seconds_a_step
+                if n_validations:
+                    n_validations_ahead = math.ceil((args.epochs - epoch) / args.val_every)
+                    eta += n_validations_ahead * seconds_validating / n_validations
+                log(f"epoch {epoch + 1:3d}/{args.epochs} | step {step:5d}/{n_steps} | "
+                    f"loss {loss_sum / n_seen:7.4f} | adv {100 - 100 * n_errors / n_seen:5.2f}% | "
+                    f"lr {lr:.4f} | {speed:5.0f} img/s | wait {100 * waiting:2.0f}% | "
+                    f"eta {duration(eta)}",
+                    kind="step", epoch=epoch + 1, step=step, loss=loss_sum / n_seen,
+                    error=n_errors / n_seen, lr=lr, speed=speed, waiting=waiting)
+                if waiting > 0.1 and images.paths is not None and not advised:
+                    advised = True
+                    log(f"{100 * waiting:.0f}% of the time is spent waiting for images: raise --workers "
+                        f"(now {workers}) up to the cores, or shrink the files once with python data.py "
+                        "shrink FROM TO --short 288")
+                line_total = total
+                line_began = now
+                seconds_waiting = 0.0
             else:
-                show(f"epoch {run.epoch + 1}/{args.epochs} | step {run.step}/{run.n_steps}")
-            asked_to_stop, due = vote(run)
-            if asked_to_stop:
-                stop(run)
-            if due:
-                save(run)
-        end_epoch(run, began)
-    run.log(run.ended or f"finished epoch {run.epoch} after {duration(time.monotonic() - run.began)}")
-    run.log(f"measure it on the test set with python evaluate.py --out {args.out}")
+                show(f"epoch {epoch + 1}/{args.epochs} | step {step}/{n_steps}")
+
+            # Was any rank asked to stop, does rank 0 find a checkpoint due? One answer for all
+            if world == 1 or step % 10 == 0 or step == n_steps:
+                due = rank == 0 and time.monotonic() - last_save > 60 * args.save_every
+                votes = torch.tensor([stop_asked.is_set(), due], dtype=torch.int32)
+                if world > 1:
+                    dist.all_reduce(votes, dist.ReduceOp.MAX, group=gloo)
+                stop, due = votes.bool().tolist()
+                if stop or due or step == n_steps:  # an epoch is saved before it is validated
+                    save()
+                    last_save = time.monotonic()
+                if stop:
+                    log(f"stopped at epoch {epoch + 1}, step {step}; go on with --resume")
+                    raise SystemExit(75)  # torchrun's own code is 1
+
+        # The epoch is over and saved: its mean loss and error, and how the held-out images do
+        total = all_ranks(sums)
+        loss = float(total[0] / total[2])
+        error = float(total[1] / total[2])
+        skipped = f" | {n_skipped} steps skipped" if n_skipped else ""
+        name = f"epoch {epoch + 1:3d}/{args.epochs}"
+        log(f"{name} | train loss {loss:.4f} | train error {100 * error:.2f}% | "
+            f"{duration(time.monotonic() - epoch_began)}{skipped}",
+            kind="epoch", epoch=epoch + 1, loss=loss, error=error, skipped=n_skipped)
+        is_best = False
+        if len(held_out) and ((epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs):
+            val_began = time.monotonic()
+            n, n_correct, n_robust = validate(args, val_model, images, held_out, workers, device,
+                                              rank, world)
+            clean = n_correct / n
+            robust = n_robust / n
+            if args.early_stop and best - robust > 0.2:
+                ended = (f"stopped early: robust accuracy dropped from {best:.1%} to {robust:.1%}, "
+                         f"catastrophic overfitting; model.pt is best.pt, from epoch {best_epoch}")
+            is_best = robust > best
+            if is_best:
+                best = robust
+                best_epoch = epoch + 1
+            log(f"{name} | held-out clean {100 * clean:.2f}% | robust {100 * robust:.2f}% (PGD-10, eps "
+                f"{args.eps:g}, n {n}) | best {100 * best:.2f}% at epoch {best_epoch}",
+                kind="val", epoch=epoch + 1, n=n, clean=clean, robust=robust)
+            seconds_validating += time.monotonic() - val_began
+            n_validations += 1
+        epoch += 1
+        step = 0
+        sums.zero_()
+        if rank == 0 and is_best:
+            save_file(out / "best.pt", kept_net.state_dict())
+        if rank == 0 and (is_best or not args.early_stop):
+            save_file(out / "model.pt", kept_net.state_dict())
+        save()
+        last_save = time.monotonic()
+
+    log(ended or f"finished epoch {epoch} after {duration(time.monotonic() - began)}")
+    log(f"measure it on the test set with python evaluate.py --out {shlex.quote(args.out)}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-# What would it cost?
-
-def plan(args):
-    """Say what a run is made of and how long it takes: one step is timed, the rest is arithmetic."""
-    device, _, _ = open_device(args.device, args.dtype)
-    check(args, 1)
-    n, classes, source = 1281167, 1000, "ImageNet's, since no folder is here"
-    try:
-        images = data.load(args.data, args.data_dir, True, args.res)
-        n, classes, source = images.n, len(images.classes), "counted"
-    except SystemExit:
-        if args.data != "imagenet":
-            raise
-    n = len(data.hold_out(n, args.limit, args.holdout)[0])
-    n_steps = -(-n // args.batch_size)
-    with torch.device("meta"):
-        n_parameters, forward, activations = count(network(args, classes), args.res)
-    activations *= 0.5 if args.dtype in ("bf16", "fp16") else 1.0
-    passes = 2 * args.steps + 3  # an attack step is 2, the update 3
-
-    # Time one step at the largest size that fits 20 seconds and the GPU; first steps allocate, compile
-    run, speed = assemble(argparse.Namespace(**vars(args) | {"accum": 1}), device, 0, 1, classes), None
-    for share, batch in ((8, 2), (4, 2), (2, 2), (1, 2), (1, 8), (1, 32)):
-        res = args.res // share
-        cost = passes * forward * batch * (res / args.res) ** 2
-        need = 2 * activations * batch / share**2
-        fits = device.type == "cpu" or need < torch.cuda.mem_get_info(device)[0]
-        if res >= 32 and (speed is None or fits and cost / speed < 20):
-            y = torch.zeros(batch, dtype=torch.long, device=device)
-            for _ in range(2 if speed is None or args.compile else 1):
-                began = clock(device, True)
-                train_step(run, y, torch.rand(batch, 3, res, res, device=device), y, False)
-                seconds = clock(device, True) - began
-            speed, size = cost / seconds, f"{batch} images at {res} px took {seconds:.1f} s"
-
-    step, name, total = passes * forward * args.batch_size, device_name(device), args.epochs * n_steps
-    hours, weights = total * step / speed / 3600, n_parameters * 4 * (4 if args.ema else 3)
-    for what, text in (
-        ("network", f"{args.arch} {args.act} at {args.res} px, {n_parameters / 1e6:.1f}M parameters, "
-                    f"{forward / 1e9:.2f} GFLOPs forward an image"),
-        ("data", f"{n} images to train on, {classes} classes ({source})"),
-        ("step", f"{step / 1e12:.1f} TFLOPs; PGD-{args.steps} and the update are {passes} forwards"),
-        ("run", f"{args.epochs} epochs x {n_steps} steps x {args.batch_size} images = "
-                f"{total * args.batch_size / 1e6:.1f}M images, {total * step / 1e18:.3g} EFLOPs"),
-        ("memory", f"{weights / 2**30:.1f} GiB for weights and optimizer, about "
-                   f"{activations / 2**20:.0f} MiB for each image that a device holds"),
-        ("timed", f"{size} on {name} in {args.dtype}; scaled by FLOPs: forward counted, backward taken "
-                  "as twice that; without loading and validation"),
-        ("hours", ", ".join(f"{hours / k:,.1f} on {k}" for k in (1, 8, 64)) + f" x {name}"),
-    ):
-        say(f"{what:<8} {text}")
-
-
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped before the first step")
