@@ -12,20 +12,24 @@ $ python data.py shrink data/imagenet data/imagenet-288 --short 288
 
 Keys: SAT is arXiv:2006.14536.
 """
+import argparse
 import bisect
 import hashlib
+import io
 import math
 import os
+import sys
+import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 from torchvision.datasets import CIFAR10, ImageFolder
@@ -36,6 +40,7 @@ from attacks import uniform
 BICUBIC = T.InterpolationMode.BICUBIC  # everywhere, as in SAT's code
 AUGMENT = 1  # uniform's counter for crops and flips; the attack's starts have others
 SHAPES_SEED = -1  # of the pictures themselves: no start and no crop may repeat their numbers
+MOST_UNREADABLE = 100  # in a row: the disk is at fault, not a file
 
 
 def key(*words):
@@ -46,40 +51,92 @@ def key(*words):
 
 @dataclass
 class Images:
-    """One split: labels y (n,) int64, and pixels x (n, 3, H, W) uint8 on the device or file paths."""
+    """One split: labels y (n,) int64; pixels x (n, 3, H, W) uint8 on the device, or files below root."""
 
     classes: list
     res: int
     y: torch.Tensor
     x: torch.Tensor = None
-    paths: list = None
+    root: Path = None
+    paths: np.ndarray = None  # relative to root; one array, whose memory the loader's workers share
     unreadable: list = field(default_factory=list)  # what training could not read, for its log
 
     @property
     def n(self):
         return len(self.y)
 
+    def file(self, index):
+        return self.root / str(self.paths[index])
+
     def names(self):
         """A hex digest of which images these are and of their labels, not of their pixels."""
-        names = [Path(path).parts[-2:] for path in self.paths or []]
+        names = []
+        if self.paths is not None:
+            names = [Path(path).parts for path in self.paths.tolist()]
         return f"{key(self.res, self.classes, names, self.y.tolist()):016x}"
 
-    def fingerprint(self):
-        """A hex digest of the content: the pixels in memory, or each file's name, size and checksum."""
+    def fingerprint(self, progress=None):
+        """A hex digest of the content: the pixels in memory, or each file's name, size and checksum.
+
+        `progress(n_done, n)` is called as the files are read.
+        """
         digest = hashlib.sha256()
         digest.update(self.names().encode())
         if self.x is not None:
             digest.update(self.x.cpu().contiguous().numpy().tobytes())
             return digest.hexdigest()[:12]
-        with ThreadPoolExecutor(8) as threads:  # reading and checksums run outside of Python's lock
-            for size_and_checksum in threads.map(checksum, self.paths):
-                digest.update(repr(size_and_checksum).encode())
+        files = (self.file(index) for index in range(self.n))
+        n_done = 0
+        with ThreadPool(8) as threads:  # reading and checksums run outside of Python's lock
+            try:
+                for size_and_checksum in threads.imap(checksum, files, chunksize=16):
+                    digest.update(repr(size_and_checksum).encode())
+                    n_done += 1
+                    if progress is not None:
+                        progress(n_done, self.n)
+            except OSError as error:
+                raise SystemExit(f"cannot read {error.filename} ({reason(error)}); fix it, or remove it "
+                                 "from the data")
         return digest.hexdigest()[:12]
 
 
-def checksum(path):
-    content = Path(path).read_bytes()
+def checksum(file):
+    content = file.read_bytes()
     return len(content), zlib.crc32(content)
+
+
+def reason(error):
+    """Why a file could not be read or written, without its name, which the caller knows."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, OSError) and error.strerror is not None:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+# The terminal
+
+def show(text):
+    """A line on the terminal that the next one overwrites; nothing where no person looks."""
+    if sys.stdout.isatty() and os.environ.get("RANK", "0") == "0":
+        print(f"\r\033[K{text}", end="", flush=True)
+
+
+def say(text):
+    """A line that stays. Where nobody reads any more, as behind `| head`, the work goes on silently."""
+    show("")
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def duration(seconds):
+    """3h12m, or below an hour 4m05s."""
+    minutes, seconds = divmod(int(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    return f"{minutes}m{seconds:02d}s"
 
 
 # The three data sets
@@ -117,8 +174,6 @@ def load(name, data_dir=None, train=True, res=32, classes=None, download=False, 
                          f"{data_set.most_res}")
     folder = Path(data_set.folder if data_dir is None else data_dir)
     images = data_set.load(folder, train, res, download)
-    if len(images.classes) < 2:
-        raise SystemExit(f"{folder} has one class, {images.classes[0]}; give data with two or more")
     if classes is not None:
         unknown = [name for name in images.classes if name not in classes]
         if unknown:
@@ -127,6 +182,8 @@ def load(name, data_dir=None, train=True, res=32, classes=None, download=False, 
         position = torch.tensor([classes.index(name) for name in images.classes])
         images.y = position[images.y]
         images.classes = classes
+    if len(images.classes) < 2:
+        raise SystemExit(f"{folder} has one class, {images.classes[0]}; give data with two or more")
     if images.x is not None:
         images.x = images.x.to(device)
         images.y = images.y.to(device)
@@ -134,10 +191,16 @@ def load(name, data_dir=None, train=True, res=32, classes=None, download=False, 
 
 
 class VisibleImages(ImageFolder):
-    """torchvision's image folder without hidden folders and hidden files."""
+    """torchvision's ImageFolder, its order and its numbers, without hidden folders and hidden files."""
 
     def __init__(self, root):
-        super().__init__(root, is_valid_file=is_picture, allow_empty=True)
+        prefix = os.path.join(root, "")
+
+        def is_valid_file(path):
+            return is_picture(path.removeprefix(prefix))
+
+        super().__init__(root, is_valid_file=is_valid_file, allow_empty=True)
+        self.paths = [path.removeprefix(prefix) for path, _ in self.samples]
 
     def find_classes(self, directory):
         classes, _ = super().find_classes(directory)
@@ -146,25 +209,28 @@ class VisibleImages(ImageFolder):
 
 
 def is_picture(path):
-    name = Path(path).name
-    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+    """Is this path, relative to its data set, a picture's? Hidden ones, as ._cat.jpg, are none."""
+    hidden = any(part.startswith(".") for part in path.split(os.sep))
+    return path.lower().endswith(IMG_EXTENSIONS) and not hidden
 
 
 def imagenet(folder, train, res, download):
     """{train,val}/<class>/* below the folder."""
-    root = folder / ("train" if train else "val")
-    samples = []
+    root = folder.expanduser() / ("train" if train else "val")
     try:
         listed = VisibleImages(root)
-        samples = listed.samples
-    except OSError:  # no such folder, no class in it
-        pass
-    if not samples:
+    except (OSError, ValueError):  # no such folder, or no class in it
+        listed = None
+    if listed is None or not listed.paths:
         raise SystemExit(f"no images under {root}; --data imagenet needs its --data-dir to hold "
                          "{train,val}/<class>/*.JPEG; see it move without any: --data shapes")
-    paths = [path for path, _ in samples]
-    labels = [label for _, label in samples]
-    return Images(listed.classes, res, torch.tensor(labels), paths=paths)
+    y = torch.tensor(listed.targets)
+    n_images = torch.bincount(y, minlength=len(listed.classes)).tolist()
+    for name, n in zip(listed.classes, n_images):
+        if n == 0:
+            raise SystemExit(f"{root / name} holds no image, and every folder there is a class; remove "
+                             "it, or fill it")
+    return Images(listed.classes, res, y, root=root, paths=np.array(listed.paths))
 
 
 def cifar10(folder, train, res, download):
@@ -172,8 +238,8 @@ def cifar10(folder, train, res, download):
     try:
         files = CIFAR10(folder, train=train, download=download)  # it compares md5 sums first
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise SystemExit(f"no CIFAR-10 in {folder}/cifar-10-batches-py ({reason}); say where it is with "
+        why = str(error).splitlines()[0]
+        raise SystemExit(f"no CIFAR-10 in {folder}/cifar-10-batches-py ({why}); say where it is with "
                          "--data-dir, or add --download")
     x = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()  # (n, 32, 32, 3) -> (n, 3, 32, 32)
     return Images(files.classes, 32, torch.tensor(files.targets), x)
@@ -285,6 +351,8 @@ def draw_shapes(n, res, train):
         noise = 0.1 * uniform(SHAPES_SEED, index, (train, 1), (3, res, res)) - 0.05
         image = image.transpose(0, 1) + noise
         x[index] = (image * 255).round().clamp(0, 255).byte()
+        show(f"drawing shapes {index[-1] + 1}/{n}")
+    show("")
     return x, y
 
 
@@ -408,43 +476,78 @@ def to_rgb(picture):
     return picture.convert("RGB")
 
 
+def read_picture(file):
+    with Image.open(file) as picture:
+        return to_rgb(picture)
+
+
 class Files(Dataset):
-    """(epoch, index) -> index, uint8 image, label, and what could not be read on the way.
+    """(epoch, index) -> index, uint8 image or None, label, and [str] what could not be read on the way.
 
     In training an unreadable image gives way to the next member; evaluation (seed None) has to stop.
     """
 
     def __init__(self, images, members, transform, seed=None):
         self.images = images
-        self.paths = np.array(images.paths)  # one array: workers share its memory
         self.members = members.tolist()
         self.transform = transform
         self.seed = seed
+        self.n_attempts = 1 if seed is None else MOST_UNREADABLE
 
     def __getitem__(self, item):
         epoch, index = item
         unreadable = []
-        picture = None
-        while picture is None:
+        for _ in range(self.n_attempts):
+            file = self.images.file(index)
             try:
-                picture = to_rgb(Image.open(str(self.paths[index])))
+                picture = read_picture(file)
             except Exception as error:  # Pillow raises half a dozen kinds for a damaged file
-                unreadable.append(f"{self.paths[index]} ({error})")
-                if self.seed is None or len(unreadable) == 100:
-                    return index, None, self.images.y[index], unreadable
+                unreadable.append(f"{file} ({reason(error)})")
                 after = bisect.bisect(self.members, index)
                 index = self.members[after % len(self.members)]
-        x = seeded(key(self.seed, epoch, index), self.transform, picture)
-        return index, x, self.images.y[index], unreadable
+            else:
+                x = seeded(key(self.seed, epoch, index), self.transform, picture)
+                return index, x, self.images.y[index], unreadable
+        return index, None, self.images.y[index], unreadable
 
 
 def collate(items):
     """A list of what `Files` gives -> index (N,), x (N, 3, H, W) or None, y (N,), unreadable [str]."""
-    index, x, y, reasons = zip(*items)
-    unreadable = sum(reasons, [])
+    index, x, y, unreadable = zip(*items)
     if any(image is None for image in x):
-        return torch.tensor(index), None, torch.stack(y), unreadable
-    return torch.tensor(index), torch.stack(x), torch.stack(y), unreadable
+        stacked = None
+    else:
+        stacked = torch.stack(x)
+    return torch.tensor(index), stacked, torch.stack(y), sum(unreadable, [])
+
+
+def from_files(files, plan, workers, device):
+    """The batches of `plan`, (epoch, index) each, read by worker processes -> (index, x, y)."""
+    def requests():
+        for epoch, index in plan:  # made as the loader asks for them
+            yield [(epoch, number) for number in index.tolist()]
+
+    pin_memory = "cuda" in str(device)
+    for index, x, y, unreadable in from_workers(files, requests(), collate, workers, pin_memory):
+        if x is None and files.seed is None:
+            raise SystemExit(f"cannot read {unreadable[-1]}; fix it: skipping it would change the score")
+        if x is None:
+            raise SystemExit(f"cannot read {unreadable[-1]} and {MOST_UNREADABLE - 1} images before it; "
+                             "is the disk still there?")
+        files.images.unreadable += unreadable
+        index = index.to(device, non_blocking=True)
+        x = x.to(device, non_blocking=True)
+        y = y.to(device, non_blocking=True)
+        yield index, x.float().div_(255), y
+
+
+# Worker processes
+
+def n_cores():
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def loader_workers(workers, images, world):
@@ -453,8 +556,8 @@ def loader_workers(workers, images, world):
         return workers
     if images.x is not None:
         return 0
-    n_cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return max(1, min(12, n_cores - 1))
+    cores_each = n_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return max(1, min(12, cores_each - 1))
 
 
 def leave_session(_):
@@ -462,26 +565,192 @@ def leave_session(_):
     os.setsid()
 
 
-def from_files(files, plan, workers, device):
-    """The batches of `plan`, (epoch, index) each, read by worker processes."""
-    def requests():
-        for epoch, index in plan:  # made as the loader asks for them
-            yield [(epoch, number) for number in index.tolist()]
+def from_workers(dataset, requests, collate_fn, workers, pin_memory=False):
+    """Yields collate_fn([dataset[item], ...]) for each request, a list of items, in their order.
 
-    loader = DataLoader(files, batch_sampler=requests(), num_workers=workers, collate_fn=collate,
-                        worker_init_fn=leave_session, pin_memory="cuda" in str(device),
+    The workers end with this generator, whatever ends it, and within seconds of a main process that
+    was killed.
+    """
+    loader = DataLoader(dataset, batch_sampler=requests, num_workers=workers, collate_fn=collate_fn,
+                        worker_init_fn=leave_session, pin_memory=pin_memory,
                         generator=torch.Generator())  # or it would draw from everybody's
+    batches = iter(loader)
     try:
-        for index, x, y, unreadable in loader:
-            if x is None:
-                raise SystemExit(f"cannot read {unreadable[-1]}; fix it: skipping it would change the "
-                                 "score")
-            files.images.unreadable += unreadable
-            index = index.to(device, non_blocking=True)
-            x = x.to(device, non_blocking=True)
-            y = y.to(device, non_blocking=True)
-            yield index, x.float().div_(255), y
+        for batch in batches:
+            yield batch
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise SystemExit(f"{error}; is there enough memory? Use less than --workers {workers}")
+    finally:
+        del batches  # stops the workers; those of an iterator somebody still holds end at exit
+
+
+# Shrink: an image folder again, with smaller pictures
+
+JPEG_QUALITY = 95  # Pillow's advice: above it files grow and pictures hardly improve
+LANCZOS = T.InterpolationMode.LANCZOS  # evaluation's pixels stay nearer to the original than by bicubic
+
+
+def smaller(file, short):
+    """The bytes of a picture with its shorter side at most `short` pixels; its own bytes if it is small.
+
+    What the loader sees is what is resized: grey, CMYK, palette and 16-bit pictures as `to_rgb` makes
+    them. The format is that of the file's name, so that a PNG stays a PNG, and only a JPEG is lossy.
+    """
+    content = file.read_bytes()
+    picture = to_rgb(Image.open(io.BytesIO(content)))  # decodes it: a damaged small one is found too
+    if min(picture.size) <= short:
+        return content
+    picture = T.Resize(short, LANCZOS)(picture)
+    image_format = Image.registered_extensions()[file.suffix.lower()]
+    written = io.BytesIO()
+    if image_format in ("JPEG", "WEBP"):
+        picture.save(written, image_format, quality=JPEG_QUALITY)
+    else:
+        picture.save(written, image_format)
+    return written.getvalue()
+
+
+def write_whole(file, content):
+    """Write under a hidden name, then rename: the final name never holds half of a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Shrink(Dataset):
+    """A picture's number -> (outcome, detail): ("done", ""), ("unreadable", file) or ("failed", why)."""
+
+    def __init__(self, source, target, paths, short):
+        self.source = source
+        self.target = target
+        self.paths = np.array(paths)
+        self.short = short
+
+    def __getitem__(self, number):
+        path = str(self.paths[number])
+        try:
+            content = smaller(self.source / path, self.short)
+        except Exception as error:  # Pillow raises half a dozen kinds for a damaged file
+            return "unreadable", f"{self.source / path} ({reason(error)})"
+        try:
+            write_whole(self.target / path, content)
+        except OSError as error:
+            return "failed", f"cannot write {self.target / path} ({reason(error)})"
+        return "done", ""
+
+
+def list_pictures(root):
+    """The pictures anywhere below a folder, as sorted paths relative to it."""
+    def stop(error):
+        raise SystemExit(f"cannot list {error.filename} ({reason(error)}); make it readable")
+
+    paths = []
+    for folder, _, files in os.walk(root, onerror=stop, followlinks=True):
+        below = os.path.relpath(folder, root)
+        for name in files:
+            path = os.path.normpath(os.path.join(below, name))
+            if is_picture(path):
+                paths.append(path)
+    return sorted(paths)
+
+
+def claim_folder(source, target, short):
+    """Make TO or go on in it; SystemExit where that could mix or overwrite pictures."""
+    if not source.is_dir():
+        raise SystemExit(f"{source} is not a folder; FROM is one with pictures in class folders")
+    if source == target or source in target.parents or target in source.parents:
+        raise SystemExit(f"{target} overlaps {source}; give a TO beside it, as {source}-{short}")
+    if target.exists() and not target.is_dir():
+        raise SystemExit(f"{target} is a file; TO is a folder, a new one or an empty one")
+    record = target / ".shrink"
+    command = f"shrink {source} --short {short}\n"
+    if record.exists():
+        earlier = record.read_text()
+        if earlier != command:
+            raise SystemExit(f"{target} holds the pictures of {earlier.strip()}; use another TO")
+    elif target.exists() and any(target.iterdir()):
+        raise SystemExit(f"{target} is not empty; TO is a new folder, an empty one, or one to go on in")
+    else:
+        try:
+            write_whole(record, command.encode())
+        except OSError as error:
+            raise SystemExit(f"cannot write {record} ({reason(error)}); give a TO on a disk with room")
+
+
+def shrink(source, target, short, workers):
+    """Write every picture below `source` again below `target` -> exit code, 1 if one was unreadable."""
+    source = source.expanduser().resolve()
+    target = target.expanduser().resolve()
+    claim_folder(source, target, short)
+    show(f"listing {source}")
+    paths = list_pictures(source)
+    if not paths:
+        raise SystemExit(f"no pictures below {source}; FROM is a folder with pictures in class folders")
+    remaining = [path for path in paths if not (target / path).exists()]
+    n_before = len(paths) - len(remaining)
+    if n_before > 0:
+        say(f"{n_before} of {len(paths)} pictures are there already")
+
+    numbers = torch.arange(len(remaining))
+    requests = [part.tolist() for part in numbers.split(8) if len(part) > 0]
+    began = time.monotonic()
+    last_line = began
+    n_done = 0
+    unreadable = []
+    for outcomes in from_workers(Shrink(source, target, remaining, short), requests, list, workers):
+        for outcome, detail in outcomes:
+            if outcome == "failed":
+                show("")
+                raise SystemExit(f"{detail}; once that is fixed, the same command goes on")
+            if outcome == "unreadable":
+                unreadable.append(detail)
+        n_done += len(outcomes)
+        now = time.monotonic()
+        speed = n_done / (now - began)
+        time_left = duration((len(remaining) - n_done) / speed)
+        progress = f"{n_before + n_done}/{len(paths)} pictures | {speed:.0f} img/s | {time_left} left"
+        if now - last_line > 60 and not sys.stdout.isatty():
+            say(progress)
+            last_line = now
+        show(progress)
+
+    for line in unreadable:
+        say(f"skipped {line}")
+    n_there = len(paths) - len(unreadable)
+    say(f"{n_there} of {len(paths)} pictures are in {target}, {len(unreadable)} unreadable ones skipped")
+    return 1 if unreadable else 0
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description="Prepare data; training itself needs none of this.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("shrink", help="write an image folder again with smaller pictures")
+    p.add_argument("source", metavar="FROM", type=Path, help="folder of pictures, e.g. data/imagenet")
+    p.add_argument("target", metavar="TO", type=Path, help="folder to write, new or empty")
+    p.add_argument("--short", type=int, default=288, help="most pixels of a picture's shorter side")
+    p.add_argument("--workers", type=int, default=n_cores(), help="processes; default: the cores")
+    args = parser.parse_args(argv)
+    if args.short < 32:
+        parser.error(f"--short {args.short} is too small for any network; use 32 or more")
+    if args.workers < 0:
+        parser.error(f"--workers {args.workers} is not a number of processes; use 0 or more")
+    return args
+
+
+def main():
+    args = get_args()
+    try:
+        return shrink(args.source, args.target, args.short, args.workers)
+    except KeyboardInterrupt:
+        show("")
+        raise SystemExit("stopped; the same command goes on")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

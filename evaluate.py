@@ -37,9 +37,9 @@ import attacks
 import data
 import models
 from attacks import STANDARD, autoattack, masked_gradients, pgd_search
+from data import duration, say, show
 from models import MODELS, attacker_view, build, in_precision, load_weights, weights_hash
-from train import (all_ranks, check_ranges, device_name, duration, need, open_device, read_json, say,
-                   show, write_json)
+from train import all_ranks, check_ranges, device_name, need, open_device, read_json, write_json
 
 ATTACKS = {"pgd": (), "apgd": STANDARD[:2], "autoattack": STANDARD}
 PGD_FLAGS = ("steps", "step_size", "restarts", "last_iterate")  # the other attacks have none of these
@@ -101,6 +101,7 @@ def check(args):
 
 
 def make_folder(folder):
+    """With its parents. SystemExit where that cannot be, such as below a file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -419,8 +420,11 @@ def main():
     # (not with batch size, workers, number of processes or --limit, which cannot)
     digest = weights_hash(net)
     code = code_digest()
-    show("fingerprint of the images")
-    fingerprint = images.fingerprint()
+
+    def reading(n_read, n):
+        show(f"fingerprint of the images: {n_read}/{n} files")
+
+    fingerprint = images.fingerprint(progress=reading)
     numbers = ""
     if args.attack == "pgd":
         last = "-last" if args.last_iterate else ""
@@ -435,7 +439,8 @@ def main():
     if ledger.verdicts and rank == 0:
         say(f"{len(ledger.verdicts)} verdicts are in {folder / name}.*; --fresh starts over")
 
-    # One pass over what is not decided yet: the attack, then its lines
+    # One pass over what is not decided yet: the attack, then its lines. It runs eagerly, since batches
+    # shrink while images are fooled and each new shape would have to be compiled
     began = time.monotonic()
     n_done = 0
 
@@ -467,7 +472,7 @@ def main():
         n_done += len(y)
     seconds = round(time.monotonic() - began, 1)
 
-    # Counts of all processes
+    # Counts of all processes, which meet here for the first time
     lines = [ledger.verdicts[number] for number in own]
     if args.attack == "pgd":
         counts = tally(lines, steps)
@@ -486,7 +491,7 @@ def main():
                         "NaN counts as wrong")
     warnings += masked_gradients(counts["n"], counts.get("fooled_by", {}))
 
-    # The report
+    # The report: what was measured with which numbers, what was counted, and where it comes from
     if rank == 0:
         path = folder / f"{name}.json"
         if not remaining and path.exists():  # nothing was measured now: the seconds of the first time

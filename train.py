@@ -46,6 +46,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from activations import ACTIVATIONS
 from attacks import pgd, predict, random_start
+from data import duration, say, show
 from models import (MODELS, attacker_view, build, in_precision, load_file, precision, read_state_dict,
                     set_numerics, shares_storage)
 
@@ -151,6 +152,7 @@ def get_args(argv=None):
         p.set_defaults(**ENHANCED)
     args = p.parse_args(argv)
 
+    # What is still open depends on other flags
     if args.res is None:
         args.res = data.DATA_SETS[args.data].res or MODELS[args.arch].res
     if args.lr is None:
@@ -212,6 +214,7 @@ def check(args, world):
 def open_device(name, dtype="fp32", wait=timedelta(minutes=30)):
     """Where this process runs -> device, and torchrun's rank and world (0 and 1 without torchrun)."""
     set_numerics(dtype)
+    # torchrun sets these three; without it this is the only process
     numbers = []
     for variable, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
         text = os.environ.get(variable, str(default))
@@ -225,6 +228,7 @@ def open_device(name, dtype="fp32", wait=timedelta(minutes=30)):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{local_rank}"
+    # One process a GPU, which is how torchrun numbers them
     known = ["cpu"] + [f"cuda:{k}" for k in range(torch.cuda.device_count())]
     need(name in known, f"--device {name} is not here; use {', '.join(known)}, or fewer processes")
     device = torch.device(name)
@@ -242,7 +246,7 @@ def device_name(device):
 
 
 def clock(device):
-    """Seconds, after all that was asked of the device is done."""
+    """Seconds, after all that was asked of the device is done; for measuring, a step never waits."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -267,29 +271,6 @@ def listen():
     signal.signal(signal.SIGINT, ask)
     signal.signal(signal.SIGTERM, ask)
     return stop_asked
-
-
-def show(text):
-    """A line on the terminal that the next one overwrites; nothing where no person looks."""
-    if sys.stdout.isatty() and os.environ.get("RANK", "0") == "0":
-        print(f"\r\033[K{text}", end="", flush=True)
-
-
-def say(text):
-    """A line that stays. Where nobody reads any more, as behind `| head`, the work goes on silently."""
-    show("")
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def duration(seconds):
-    """3h12m, or below an hour 4m05s."""
-    minutes, seconds = divmod(int(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60}h{minutes % 60:02d}m"
-    return f"{minutes}m{seconds:02d}s"
 
 
 # The run's folder
@@ -566,13 +547,14 @@ def main():
          f"--early-stop needs held-out images, and a tenth of {images.n} is none; use more images")
     workers = data.loader_workers(args.workers, images, world)
 
-    # The network
+    # The network. The seed alone decides its first weights, whatever the activation
     torch.manual_seed(args.seed)
     net = network(args, len(images.classes))
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     net.to(device, memory_format=layout)
 
-    # The run's folder: a checkpoint to go on from, weights to start from, or neither
+    # The run's folder: a checkpoint to go on from, weights to start from, or neither. Nothing that is
+    # there is ever written over by another run. (An empty log is of a run that never began.)
     holds = [name for name in RUN_FILES if (out / name).exists() and (out / name).stat().st_size > 0]
     need(not holds or args.resume or rank > 0,
          f"{out} holds a run ({', '.join(holds)}); go on with --resume, or in another --out")
@@ -667,6 +649,7 @@ def main():
         need(len(set(places)) == 1, f"the processes see different checkpoints in {out}, (epoch, step) "
              f"{places}; --out needs to be one folder for all nodes")
 
+    # Both look at main's variables as they are when called, and change none
     def refuse_not_finite(total):
         """SystemExit if a loss of this epoch, or a weight, is not finite."""
         weights_finite = torch.stack([t.isfinite().all() for t in net.state_dict().values()]).all()
@@ -761,6 +744,7 @@ def main():
                 name_unreadable(images, named_unreadable, log, gloo)
                 now = time.monotonic()
                 loss_sum, n_errors, n_seen, _ = (total - line_total).tolist()
+                # Time left: the steps to come at the mean pace so far, and the validations to come
                 speed = n_seen / (now - line_began)
                 waiting = seconds_waiting / (now - line_began)
                 n_done = epoch * n_steps + step
@@ -776,7 +760,9 @@ def main():
                     f"eta {duration(eta)}",
                     kind="step", epoch=epoch + 1, step=step, loss=loss_sum / n_seen,
                     error=n_errors / n_seen, lr=lr, speed=speed, waiting=waiting)
-                if waiting > 0.1 and images.paths is not None and not advised:
+                # The first line waits for the workers to start, which says nothing
+                workers_started = n_done - n_done_before > args.log_every
+                if waiting > 0.1 and images.paths is not None and workers_started and not advised:
                     advised = True
                     log(f"{100 * waiting:.0f}% of the time is spent waiting for images: raise --workers "
                         f"(now {workers}) up to the cores, or shrink the files once with python data.py "
@@ -787,7 +773,8 @@ def main():
             else:
                 show(f"epoch {epoch + 1}/{args.epochs} | step {step}/{n_steps}")
 
-            # Was any rank asked to stop, does rank 0 find a checkpoint due? One answer for all
+            # Was any rank asked to stop, does rank 0 find a checkpoint due? One answer for all ranks,
+            # and not at every step: on 64 GPUs the small reduce would cost a fourth of the time
             if world == 1 or step % 10 == 0 or step == n_steps:
                 due = rank == 0 and time.monotonic() - last_save > 60 * args.save_every
                 votes = torch.tensor([stop_asked.is_set(), due], dtype=torch.int32)
@@ -801,7 +788,7 @@ def main():
                     log(f"stopped at epoch {epoch + 1}, step {step}; go on with --resume")
                     raise SystemExit(75)  # torchrun's own code is 1
 
-        # The epoch is over and saved: its mean loss and error, and how the held-out images do
+        # The epoch is over and saved. A kill from here on costs the validation, which --resume repeats
         total = all_ranks(sums)
         loss = float(total[0] / total[2])
         error = float(total[1] / total[2])
@@ -810,6 +797,7 @@ def main():
         log(f"{name} | train loss {loss:.4f} | train error {100 * error:.2f}% | "
             f"{duration(time.monotonic() - epoch_began)}{skipped}",
             kind="epoch", epoch=epoch + 1, loss=loss, error=error, skipped=n_skipped)
+        # The held-out images decide which weights are the best, and whether robustness has collapsed
         is_best = False
         if len(held_out) and ((epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs):
             val_began = time.monotonic()
