@@ -41,6 +41,7 @@ from data import duration, say, show
 from models import MODELS, attacker_view, build, in_precision, load_weights, weights_hash
 from train import all_ranks, check_ranges, device_name, need, open_device, read_json, write_json
 
+# What --attack may be, and which of AutoAttack's four searches it runs
 ATTACKS = {"pgd": (), "apgd": STANDARD[:2], "autoattack": STANDARD}
 PGD_FLAGS = ("steps", "step_size", "restarts", "last_iterate")  # the other attacks have none of these
 
@@ -231,7 +232,11 @@ def read_ledger(folder, name):
 
 
 class Ledger:
-    """The verdicts so far, by any number of processes, and this process's file to go on in."""
+    """The verdicts so far, by any number of processes, and this process's file to go on in.
+
+    One lock, of the first process, keeps two evaluations from writing one ledger. It is asked for before
+    anything is read or deleted.
+    """
 
     def __init__(self, folder, name, rank, fresh):
         make_folder(folder)
@@ -267,7 +272,10 @@ class Ledger:
 
 
 def verdict_lines(index, y, report):
-    """The lines of a batch, from the report of `pgd_search` or `autoattack`."""
+    """The lines of a batch, from the report of `pgd_search` or `autoattack`.
+
+    index, y: (N,) int64, the images' numbers in the whole split and their labels.
+    """
     lines = []
     clean = report["clean"].tolist()
     forwards = report["forwards"].tolist()
@@ -406,7 +414,7 @@ def main():
     restarts = args.restarts or 1
     batch_size = args.batch_size or (100 if device.type == "cpu" else data_set.eval_batch)
 
-    # The images and the network
+    # The images and the network. The search may run in less than float32, which then has the last word
     show(f"loading {run.data}")
     images = data.load(run.data, run.data_dir, train=False, res=run.res, classes=run.classes,
                        device=device)
@@ -526,7 +534,10 @@ def main():
 
 
 def how_to_go_on():
-    """The command that goes on where this one was stopped, ready to paste."""
+    """The command that goes on where this one was stopped, ready to paste.
+
+    Without --fresh, which would start over.
+    """
     words = [word for word in sys.argv if word != "--fresh"]
     world = os.environ.get("WORLD_SIZE")
     start = "python" if world is None else f"torchrun --nproc_per_node={world}"

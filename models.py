@@ -432,8 +432,9 @@ def load_weights(net, path):
         in_file = tuple(found[name].shape) if name in found else "absent"
         in_net = tuple(wanted[name].shape) if name in wanted else "absent"
         raise SystemExit(
-            f"{path} does not fit this network: {len(differ)} tensors differ, e.g. {name}, {in_file} in "
-            f"the file and {in_net} in the network; use the --arch, --act and --data of its training")
+            f"{path} does not fit this network: {len(differ)} of its tensors differ, e.g. {name}, "
+            f"{in_file} in the file and {in_net} in the network; use the flags "
+            "--arch, --act and --data of its training")
     net.load_state_dict(found)
 
 

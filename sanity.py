@@ -14,7 +14,7 @@ $ python sanity.py gallery --out out  # images before and after the attack
 $ python sanity.py activations  # the curves, and what they cost, Figs. 1 and 2
 $ python sanity.py curves out/relu out/silu  # runs over their epochs
 $ python sanity.py scatter out/*/eval/*.json  # clean and robust accuracy of many nets, Figs. 3 and 4
-$ python sanity.py forest results/*.json  # what several `compare --json` have found
+$ python sanity.py forest silu.json elu.json  # what several `compare --json` have found
 
 `report` exits with 0 if no doubt FAILs and there is evidence enough, with 1 on a FAIL, with 2 if a doubt
 is UNSURE: more images are needed.
@@ -43,9 +43,10 @@ import train
 from activations import ACTIVATIONS, make_act
 from attacks import (autoattack, cross_entropy, input_gradient, pgd, pgd_search, predict, random_start,
                      uniform)
+from data import duration, say, show
 from evaluate import make_folder, wilson
 from models import attacker_view, in_precision, precision, weights_hash
-from train import check_ranges, clock, device_name, duration, need, open_device, say, show
+from train import check_ranges, clock, device_name, need, open_device
 
 # A trained net and its images
 
@@ -130,10 +131,15 @@ def write_json(path, content):
 # Verdicts. A doubt is about a share of images, and before a verdict is given the whole 95% interval of
 # that share has to be on one side of a bound: 0 of 1 proves nothing, and 0 of 100 not yet "at most 2%"
 
+LEAST = 20  # fewer images settle nothing, and Wilson's interval is rough there
+
+
 def judge(n_bad, n, warn, fail):
     """The verdict if n_bad of n images speak against a net and at most `warn`, a share, may."""
     if n == 0:
         return "SKIP"
+    if n < LEAST:
+        return "UNSURE"
     low, high = wilson(n_bad, n)
     if low > fail:
         return "FAIL"
@@ -168,13 +174,15 @@ def doubt(what, hit, n_bad, wanted, warn, fail, why, skip, note):
 def at_most(what, hit, warn, fail, why, skip="no image to judge", note=""):
     """A share, of hit (n,) bool, that should be small: WARN above warn, FAIL above fail."""
     n_bad = int(hit.sum())
-    return doubt(what, hit, n_bad, f"at most {100 * warn:.3g}%", warn, fail, why, skip, note)
+    return doubt(what, hit, n_bad, wanted=f"at most {100 * warn:.3g}%", warn=warn, fail=fail, why=why,
+                 skip=skip, note=note)
 
 
 def at_least(what, hit, warn, fail, why, skip="no image to judge", note=""):
     """A share, of hit (n,) bool, that should be large: WARN below warn, FAIL below fail."""
     n_bad = int((~hit).sum())
-    return doubt(what, hit, n_bad, f"at least {100 * warn:.3g}%", 1 - warn, 1 - fail, why, skip, note)
+    return doubt(what, hit, n_bad, wanted=f"at least {100 * warn:.3g}%", warn=1 - warn, fail=1 - fail,
+                 why=why, skip=skip, note=note)
 
 
 # The doubts, by topic
@@ -218,8 +226,8 @@ def doubts_about_the_model(run):
     again = logits_of(run.net, run.x)
     right = predict(logits) == run.y
     chance = 1 / logits.shape[1]
-    yield at_least("right on clean images", right, warn=chance + (1 - chance) / 5,
-                   fail=chance + (1 - chance) / 20, why="guessing leaves nothing to attack")
+    yield at_least("right on clean images", right, warn=chance + (1 - chance) / 4,
+                   fail=chance + (1 - chance) / 8, why="guessing leaves nothing to attack")
 
     largest = logits.abs().amax(1)
     drift = (again - logits).abs().amax(1) > 1e-4 * largest
@@ -264,10 +272,10 @@ def doubts_about_iterations(run, found):
     fooled = right & ~found.robust
     rounded = (255 * found.x_adv[fooled]).round() / 255
     still_wrong = predict(logits_of(run.net, rounded)) != run.y[fooled]
-    yield at_least("fooled by 8-bit pictures too", still_wrong, warn=0.85, fail=0,
+    yield at_least("fooled by 8-bit pictures too", still_wrong, warn=0.85, fail=0,  # never a FAIL
                    why="saved as files, x_adv is rounded", skip="no image is fooled")
 
-    once = search("PGD-1", run.net, run.index, run.x, run.y, run.eps, run.eps, steps=1)
+    once = search("PGD-1", run.net, run.index, run.x, run.y, eps=run.eps, step_size=run.eps, steps=1)
     yield at_most("PGD-1 fools, PGD-50 does not", (~once.robust & withstands(50))[right], warn=0.03,
                   fail=0.1, why="masked gradients", skip="no image is right")
     yield at_least("withstands PGD-1, PGD-50 too", withstands(50)[once.robust], warn=0.5, fail=0.25,
@@ -280,8 +288,8 @@ def doubts_about_the_radius(run, found):
     shares = []
     for eps in RADII:
         step_size = max(1, 2.5 * eps / RADII_STEPS)
-        at_eps = search(f"eps {eps}", run.net, run.index[right], run.x[right], run.y[right], eps,
-                        step_size, RADII_STEPS)
+        at_eps = search(f"eps {eps}", run.net, run.index[right], run.x[right], run.y[right], eps=eps,
+                        step_size=step_size, steps=RADII_STEPS)
         shares.append(f"{eps}: {at_eps.robust.sum() / len(right):.1%}")
     curve = f"robust to PGD-{RADII_STEPS} at eps " + ", ".join(shares)
     yield at_most(f"robust at eps {RADII[-1]}", at_eps.robust, warn=0.05, fail=0.15,
@@ -303,7 +311,8 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
         everywhere[robust] = hit
         return everywhere if robust.any() else robust[:0]
 
-    again = search("4 restarts", net, index, x, y, run.eps, run.step_size, steps=20, restarts=4, seed=1)
+    again = search("4 restarts", net, index, x, y, eps=run.eps, step_size=run.step_size, steps=20,
+                   restarts=4, seed=1)
     yield at_most("robust, but not to 4 restarts", of_all(~again.robust), warn=0.03, fail=0.1,
                   why="PGD depends on luck", skip=nobody)
 
@@ -326,7 +335,7 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
 
     moved = robust[:0]
     if surrogate is not None:
-        x_adv = pgd_from(surrogate, index, x, y, run.eps, run.step_size, steps=50)
+        x_adv = pgd_from(surrogate, index, x, y, eps=run.eps, step_size=run.step_size, steps=50)
         moved = of_all(predict(logits_of(net, x_adv)) != y)
     yield at_most("robust, but not to transfer", moved, warn=0.03, fail=0.1,
                   why="the net masks its own gradient", skip="--surrogate names no second net")
@@ -334,7 +343,7 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
     right = found.right
     x = run.x[right]
     y = run.y[right]
-    x_adv = pgd_from(net, run.index[right], x, y, run.eps, run.step_size, steps=10)
+    x_adv = pgd_from(net, run.index[right], x, y, eps=run.eps, step_size=run.step_size, steps=10)
     losses = []
     for share in (0, 0.25, 0.5, 0.75, 1):
         between = x.lerp(x_adv, share)
@@ -345,7 +354,8 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
 
     stands = robust[:0]
     if normal is not None:
-        weak = search("normal net", normal, run.index, run.x, run.y, run.eps, run.step_size, steps=50)
+        weak = search("normal net", normal, run.index, run.x, run.y, eps=run.eps,
+                      step_size=run.step_size, steps=50)
         stands = weak.robust[weak.right]
     yield at_most("a normal net is robust", stands, warn=0.05, fail=0.15, why="PGD is too weak",
                   skip="--normal names no normally trained net")
@@ -354,8 +364,8 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
 def all_doubts(run, surrogate=None, normal=None):
     """Every doubt about run.net on run.index, x, y, with run.eps and step_size in 1/255."""
     yield from doubts_about_the_model(run)
-    found = search(f"PGD-{MARKS[-1]}", run.net, run.index, run.x, run.y, run.eps, run.step_size,
-                   steps=MARKS[-1])
+    found = search(f"PGD-{MARKS[-1]}", run.net, run.index, run.x, run.y, eps=run.eps,
+                   step_size=run.step_size, steps=MARKS[-1])
     yield from doubts_about_iterations(run, found)
     yield from doubts_about_the_radius(run, found)
     yield from doubts_from_other_attacks(run, found, surrogate, normal)
@@ -672,11 +682,9 @@ def compare_setting(pairs, setting):
 
 def training_of(run):
     """The last epoch's line of a run's log -> dict with its loss and error; None without one."""
-    path = run.folder / "log.jsonl"
     last = None
-    if path.exists():
-        whole_lines = path.read_text().split("\n")[:-1]  # the last may be torn
-        for line in map(json.loads, whole_lines):
+    if (run.folder / "log.jsonl").exists():
+        for line in read_log(run.folder):
             if line["kind"] == "epoch":
                 last = line
     return last
@@ -717,6 +725,7 @@ def compare(args):
     rows = []
     for setting in settings:
         rows += compare_setting(pairs, setting)
+    training = compare_training(pairs)
 
     for title, side in zip(("new", "old"), zip(*pairs)):
         say(f"{title}: {', '.join(str(run.folder) for run in side)}")
@@ -739,7 +748,6 @@ def compare(args):
         interval = f"{row['low']:+.2f} to {row['high']:+.2f}"
         say(f"  {row['what']:<23}{row['new']:7.2f}{row['old']:7.2f}{row['difference']:+11.2f}"
             f"{interval:>18}{row['only_new']:10.1f}{row['only_old']:10.1f}  {row['verdict']}")
-    training = compare_training(pairs)
     if training:
         say("\ntraining images under attack, last epoch")
     for row in training:
@@ -843,6 +851,7 @@ def cost(args):
     flags = args.train
     device, _, _ = open_device(flags.device, flags.dtype)
     torch.backends.cudnn.benchmark = True
+    need(min(args.pgd) >= 0, f"--pgd {min(args.pgd)} is no number of steps; use 0 for none, or more")
     n = args.batch_size or (32 if device.type == "cpu" else 128)
     trainers = {}
     for compiled in ([False, True] if flags.compile else [False]):
@@ -975,8 +984,9 @@ def time_a_cpu(trainer, n_classes, size, passes):
 def plan(args):
     """What a run is made of and how long it takes: steps are timed, the rest is arithmetic."""
     flags = args.train
-    device, _, _ = open_device(flags.device, flags.dtype)
+    need(args.processes >= 1, f"--processes {args.processes} trains nothing; use 1 or more")
     train.check(flags, args.processes)
+    device, _, _ = open_device(flags.device, flags.dtype)
     try:
         images = data.load(flags.data, flags.data_dir, train=True, res=flags.res)
         n_images = images.n
@@ -1020,7 +1030,8 @@ def plan(args):
     say(f"run      {flags.epochs} epochs x {n_steps} steps x {batch_size} images = {n_seen / 1e6:.1f}M "
         f"images, {n_flops * n_seen / 1e18:.3g} EFLOPs")
     say(f"memory   {weight_bytes / 2**30:.1f} GiB for weights and optimizer; about "
-        f"{kept_bytes / 2**20:.0f} MiB an image, {n_held} images on each of {args.processes} devices")
+        f"{n_held * kept_bytes / 2**30:.0f} GiB for the {n_held} images that each of {args.processes} "
+        f"devices holds, {kept_bytes / 2**20:.0f} MiB each")
     say(f"timed    {timed}; on {name} in {flags.dtype}, without loading and validation")
     say(f"hours    {hours:,.1f} on 1, {hours / 8:,.1f} on 8, {hours / 64:,.1f} on 64 x {name}")
 
@@ -1031,8 +1042,10 @@ FINE = 4  # shapes are drawn this many times finer and then averaged, which make
 INK = "#1E1E1E"
 GREY = "#6E6E6E"
 FAINT = "#E4E4E4"
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
 # Okabe and Ito's colours without the yellow, for all eyes, then two of Paul Tol's and a grey
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#56B4E9", "#E69F00", "#CC79A7",
+COLOURS = ("#000000", ORANGE, BLUE, "#009E73", "#56B4E9", "#E69F00", "#CC79A7",
            "#332288", "#999933", "#8C8C8C")
 # Dashes and shapes tell curves and markers apart in grey too. Ink and gap by turns; None is a solid line
 DASHES = (None, (6, 4), (14, 4), (2, 3))
@@ -1047,15 +1060,36 @@ VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231,
 
 def check_picture(args):
     """Refuse a --scale or a --png that cannot be drawn, before the work."""
-    need(0.5 <= args.scale <= 4, f"--scale {args.scale:g} cannot be drawn; use 0.5 to 4, 2 for fine screens")
+    need(0.5 <= args.scale <= 4, f"--scale {args.scale:g} is no size; use 0.5 to 4, 2 for fine screens")
     if args.png is not None:
-        need(Path(args.png).suffix.lower() == ".png", f"--png {args.png} has to end in .png; pictures are PNGs")
+        need(Path(args.png).suffix == ".png", f"--png {args.png} is no PNG's name; let it end in .png")
         need(not Path(args.png).is_dir(), f"--png {args.png} is a folder; give the name of a file in it")
 
 
-def text_width(words, size=12):
-    """The width of a text in units."""
-    return ImageFont.load_default(size).getlength(words)
+def text_width_of(texts, size=12):
+    """The width of the longest text in units."""
+    font = ImageFont.load_default(size)
+    return math.ceil(max(font.getlength(text) for text in texts))
+
+
+class Style(NamedTuple):
+    """How the i-th of several curves or markers looks."""
+
+    colour: str
+    dash: tuple
+    shape: tuple
+
+
+def style(i):
+    """Twenty styles; then they begin again."""
+    return Style(COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)], SHAPES[i % len(SHAPES)])
+
+
+def point_between(start, end, share):
+    """The point at a share of the way from start to end."""
+    start_x, start_y = start
+    end_x, end_y = end
+    return start_x + share * (end_x - start_x), start_y + share * (end_y - start_y)
 
 
 def dashed(points, dash):
@@ -1067,7 +1101,7 @@ def dashed(points, dash):
     for start, end in zip(points, points[1:]):
         while math.dist(start, end) > remaining:  # the turn ends inside this segment
             share = remaining / math.dist(start, end)
-            start = (start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1]))
+            start = point_between(start, end, share)
             piece.append(start)
             if turn % 2 == 0:
                 pieces.append(piece)
@@ -1084,14 +1118,14 @@ def dashed(points, dash):
 class Figure:
     """A white picture of width x height units, `scale` pixels a unit; (0, 0) is its upper left unit.
 
-    A line of width 1 at whole numbers fills whole pixels. Text waits for `save`: it is sharpest when it is
-    drawn at its final size.
+    A line of width 1 at whole numbers fills whole pixels. Text waits for `save`: it is sharpest
+    when drawn at its final size.
     """
 
     def __init__(self, width, height, scale):
         self.scale = scale
-        size = (round(width * scale) * FINE, round(height * scale) * FINE)
-        self.image = Image.new("RGB", size, "white")
+        size = (round(width * scale), round(height * scale))
+        self.image = Image.new("RGB", (size[0] * FINE, size[1] * FINE), "white")
         self.pen = ImageDraw.Draw(self.image)
         self.texts = []
 
@@ -1100,8 +1134,9 @@ class Figure:
         return round(length * self.scale * FINE)
 
     def fine_points(self, points):
-        """Points [(x, y), ...] in units -> in pixels of the fine image."""
-        return [(self.fine(x + 0.5), self.fine(y + 0.5)) for x, y in points]
+        """Points [(x, y), ...], the middles of units -> in pixels of the fine image."""
+        # Pillow draws the two middle rows of an even width at y and y + 1, hence the 1
+        return [(self.fine(x + 0.5) - 1, self.fine(y + 0.5) - 1) for x, y in points]
 
     def line(self, points, colour=INK, width=1.0, dash=None):
         """A line through points [(x, y), ...]; `dash`: lengths of ink and gap by turns."""
@@ -1119,11 +1154,12 @@ class Figure:
         layers = [(radius * size + edge, "white"), (radius * size, colour)]
         if hollow:
             layers.append((radius * size - edge, "white"))
+        x, y = point
         for reach, fill in layers:
             corners = []
             for k in range(n_corners):
                 angle = math.radians(first + 360 * k / n_corners)
-                corners.append((point[0] + reach * math.cos(angle), point[1] + reach * math.sin(angle)))
+                corners.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
             self.polygon(corners, fill)
 
     def paste(self, pixels, left, top, width, height):
@@ -1132,7 +1168,7 @@ class Figure:
         self.image.paste(image, (self.fine(left), self.fine(top)))
 
     def text(self, x, y, words, anchor="ms", size=12, colour=INK):
-        """Words at a point; `anchor`: l, m or r, then a (top), m (middle) or s (baseline), as in Pillow."""
+        """Words at a point; `anchor` as in Pillow: l, m, r, then a (top), m (middle), s (baseline)."""
         self.texts.append((x, y, words, anchor, size, colour))
 
     def save(self, path):
@@ -1150,7 +1186,7 @@ class Figure:
 
 
 def span(values, least=-math.inf, most=math.inf):
-    """The ends of an axis for these values: a little room on both sides, but never beyond least and most."""
+    """The ends of an axis for these values: a little room on both sides, never beyond least and most."""
     low = min(values)
     high = max(values)
     room = 0.05 * ((high - low) or abs(high) or 1)
@@ -1171,28 +1207,32 @@ def ticks(low, high, most):
 
 
 def axis(fig, start, end, low, high, label, away):
-    """A line from start to end that counts from low to high; `away`: a unit vector, away from the data."""
+    """A line from start to end that counts from low to high; `away`: a unit vector, off the data."""
     across, down = away
+    upright = down == 0
     if across == 0:
         anchor = "ma"
     else:
-        side = "r" if across < 0 else "l"
-        anchor = side + ("m" if down == 0 else "a")
-    upright = down == 0
-    for mark in ticks(low, high, math.dist(start, end) / (32 if upright else 48)):
-        share = (mark - low) / (high - low)
-        x = round(start[0] + share * (end[0] - start[0]))  # to whole pixels: a sharp line
-        y = round(start[1] + share * (end[1] - start[1]))
-        fig.line([(x, y), (x + 4 * across, y + 4 * down)])
-        fig.text(x + 7 * across, y + 7 * down, f"{mark:.6g}", anchor)
+        anchor = "r" if across < 0 else "l"
+        anchor += "m" if upright else "a"
+
+    def beside(point, distance):
+        x, y = point
+        return x + distance * across, y + distance * down
+
+    spacing = 32 if upright else 48  # of the numbers, at least
+    for tick in ticks(low, high, math.dist(start, end) / spacing):
+        x, y = point_between(start, end, (tick - low) / (high - low))
+        point = (round(x), round(y))  # whole pixels: a sharp line
+        fig.line([point, beside(point, 4)])
+        fig.text(*beside(point, 7), f"{tick:.6g}", anchor)
     fig.line([start, end])
     if upright:
-        fig.text(end[0], end[1] - 10, label, "ms")
+        x, y = end
+        fig.text(x, y - 10, label, "ms")
     else:
-        far = 24 if across == 0 else 36  # from the line, beyond the numbers
-        x = (start[0] + end[0]) / 2
-        y = (start[1] + end[1]) / 2
-        fig.text(x + far * across, y + far * down, label, anchor)
+        distance = 24 if across == 0 else 36  # beyond the numbers
+        fig.text(*beside(point_between(start, end, 0.5), distance), label, anchor)
 
 
 def axes(fig, box, xs, ys, xlabel, ylabel, title="", grid=True):
@@ -1210,11 +1250,11 @@ def axes(fig, box, xs, ys, xlabel, ylabel, title="", grid=True):
         return left + across * (right - left), bottom - up * (bottom - top)
 
     if grid:
-        for mark in ticks(x_low, x_high, (right - left) / 48):
-            x, _ = place(mark, y_low)
+        for tick in ticks(x_low, x_high, (right - left) / 48):
+            x, _ = place(tick, y_low)
             fig.line([(round(x), top), (round(x), bottom)], FAINT)
-        for mark in ticks(y_low, y_high, (bottom - top) / 32):
-            _, y = place(x_low, mark)
+        for tick in ticks(y_low, y_high, (bottom - top) / 32):
+            _, y = place(x_low, tick)
             fig.line([(left, round(y)), (right, round(y))], FAINT)
     fig.text((left + right) / 2, top - 28, title, "ms", 13)
     axis(fig, (left, bottom), (right, bottom), x_low, x_high, xlabel, (0, 1))
@@ -1237,30 +1277,33 @@ def draw_panels(panels, names, n_columns, path, scale):
     """Panels in rows, one line for each name in each, and the names beside them, never on the data."""
     n_rows = math.ceil(len(panels) / n_columns)
     right = 60 + 340 * n_columns
-    longest = max(text_width(name) for name in names)
+    width = right + 42 + text_width_of(names) + 20
     height = max(20 + 340 * n_rows, 90 + 20 * len(names))
-    fig = Figure(right + 42 + longest + 20, height, scale)
+    fig = Figure(width, height, scale)
 
     for p, panel in enumerate(panels):
         left = 60 + 340 * (p % n_columns)
         top = 60 + 340 * (p // n_columns)
         box = (left, top, left + 270, top + 240)
+        if not any(panel.lines):  # no axis without a number
+            fig.text(left + 135, top + 120, f"{panel.title}: nothing yet", colour=GREY)
+            continue
         place = axes(fig, box, panel.xs, panel.ys, panel.xlabel, panel.ylabel, panel.title)
-        if not any(panel.lines):
-            fig.text(left + 135, top + 120, "nothing yet", "mm", colour=GREY)
         for i, line in enumerate(panel.lines):
-            colour = COLOURS[i % len(COLOURS)]
+            colour, dash, shape = style(i)
             points = [place(x, y) for x, y in line]
             if len(points) > 1:
-                fig.line(points, colour, 2, DASHES[i % len(DASHES)])
+                fig.line(points, colour, 2, dash)
             if len(points) <= 40:
                 for point in points:
-                    fig.marker(point, 3, colour, SHAPES[i % len(SHAPES)])
+                    fig.marker(point, 3, colour, shape)
 
+    y = 70
     for i, name in enumerate(names):
-        y = 70 + 20 * i
-        fig.line([(right, y), (right + 34, y)], COLOURS[i % len(COLOURS)], 2, DASHES[i % len(DASHES)])
+        colour, dash, _ = style(i)
+        fig.line([(right, y), (right + 34, y)], colour, 2, dash)
         fig.text(right + 42, y, name, "lm")
+        y += 20
     fig.save(path)
 
 
@@ -1284,13 +1327,14 @@ def derivatives(act, x):
 def smoothness(act):
     """How smooth a curve is -> its class, the jump of its slope at 0, the largest curvature."""
     _, slope, curvature = derivatives(act, torch.tensor([-EDGE, EDGE], dtype=torch.float64))
-    jump = abs(slope[1] - slope[0]).item()
+    jump = slope.diff().abs().item()
+    kink = curvature.diff().abs().item()
     if jump > 1e-3:
         return "C0", jump, math.inf
-    _, _, everywhere = derivatives(act, torch.linspace(-6, 6, 12001, dtype=torch.float64))
-    largest = max(everywhere.abs().max(), curvature.abs().max()).item()
-    has_kink = abs(curvature[1] - curvature[0]) > 1e-3
-    return "C1" if has_kink else "C2+", jump, largest
+    at = torch.cat([torch.linspace(-6, 6, 12001), torch.tensor([-EDGE, EDGE])])
+    _, _, curvature = derivatives(act, at.double())
+    largest = curvature.abs().max().item()
+    return "C1" if kink > 1e-3 else "C2+", jump, largest
 
 
 def bytes_saved(act, x):
@@ -1318,29 +1362,33 @@ def act_seconds(act, x):
     return middle - start, clock(x.device) - middle
 
 
-def activations(args):
-    check_picture(args)
-    torch.set_num_threads(1)  # threads that wait for each other would hide what a curve costs
+def print_costs():
+    """A row for each curve: how smooth it is, and what it costs on this machine, in units of ReLU."""
     device, _, _ = open_device("auto", "fp32")
     n = 2**17 if device.type == "cpu" else 2**24
     x = torch.randn(n, device=device, requires_grad=True)
     acts = {name: make_act(name).to(device) for name in ACTIVATIONS}
 
     seconds = {name: [] for name in acts}
-    for k in range(2 + ROUNDS):  # all curves in turn
+    for k in range(2 + ROUNDS):  # all curves in turn; the first two rounds warm up
         show(f"timing the activations, round {k + 1} of {2 + ROUNDS}")
         for name, act in acts.items():
             seconds[name].append(act_seconds(act, x))
-    # The first two rounds warm up: (rounds, forward and backward) -> (2,)
-    costs = {name: np.median(rounds[2:], axis=0) for name, rounds in seconds.items()}
+    medians = {name: np.median(rounds[2:], axis=0) for name, rounds in seconds.items()}
 
     say(f"{f'on {device}':<11}class  jump of f'(0)  largest f''  saved bytes  fwd/ReLU  bwd/ReLU")
     for name in acts:
         kind, jump, largest = smoothness(make_act(name))
-        forward, backward = costs[name] / costs["relu"]
+        forward, backward = medians[name] / medians["relu"]
         saved = bytes_saved(acts[name], x)
-        say(f"{name:<11}{kind:<5}{jump:15.3f}{largest:13.3f}{saved:13.1f}{forward:10.2f}{backward:10.2f}")
+        curve = f"{name:<11}{kind:<5}{jump:15.3f}{largest:13.3f}"
+        say(f"{curve}{saved:13.1f}{forward:10.2f}{backward:10.2f}")
 
+
+def activations(args):
+    check_picture(args)
+    torch.set_num_threads(1)  # threads that wait for each other would hide what a curve costs
+    print_costs()
     panels = []
     for reach, note in ((4, ""), (0.3, ", around 0")):
         at = torch.linspace(-reach, reach, 801, dtype=torch.float64)
@@ -1359,20 +1407,23 @@ def activations(args):
 # Training runs over their epochs
 
 def read_log(folder):
-    """A run's log.jsonl -> its lines; the last one may be torn, by a kill or because it is being written."""
+    """A run's log.jsonl -> its lines; a last one without its end is left out: it is being written."""
     path = Path(folder) / "log.jsonl"
     wanted = "give folders that train.py wrote"
     try:
         texts = path.read_text().split("\n")[:-1]
-        return [json.loads(text) for text in texts]
+        lines = [json.loads(text) for text in texts]
     except OSError as reason:
         raise SystemExit(f"no run in {folder}: {path} cannot be read ({reason.strerror}); {wanted}")
     except ValueError as reason:
         raise SystemExit(f"{path} is damaged ({reason}); {wanted}")
+    for line in lines:
+        need(isinstance(line, dict) and "kind" in line, f"{path} is damaged (it holds {line}); {wanted}")
+    return lines
 
 
 def points_of(lines, kind, field, unit):
-    """The points (epoch, value) of one field of a log; an epoch that was run twice has its last value."""
+    """The points (epoch, value) of one field of a log; of an epoch that was run twice the last value."""
     values = {}
     for line in lines:
         if line["kind"] == kind and math.isfinite(line[field]):
@@ -1383,6 +1434,10 @@ def points_of(lines, kind, field, unit):
 def curves(args):
     check_picture(args)
     logs = [read_log(folder) for folder in args.folders]
+    names = []
+    for folder, log in zip(args.folders, logs):
+        is_validated = any(line["kind"] == "val" for line in log)
+        names.append(folder if is_validated else f"{folder} (not validated yet)")
     panels = []
     for title, ylabel, kind, field, unit, most in (
             ("Training loss, attacked images", "cross-entropy", "epoch", "loss", 1, math.inf),
@@ -1393,12 +1448,12 @@ def curves(args):
         last_epoch = max([5] + [epoch for epoch, _ in points])
         ys = span([y for _, y in points] or [1], 0, most)
         panels.append(Panel(title, "epoch", ylabel, (0, 1.03 * last_epoch), ys, lines))
-    draw_panels(panels, args.folders, 3, args.png or "out/curves.png", args.scale)
+    draw_panels(panels, names, 3, args.png or "out/curves.png", args.scale)
 
 
 # Reports of evaluate.py, clean against robust accuracy: SAT Figs. 3 and 4
 
-def read_json_as(path, wanted):
+def load_json(path, wanted):
     """What a JSON file holds; SystemExit if there is none."""
     try:
         return json.loads(Path(path).read_text())
@@ -1408,17 +1463,18 @@ def read_json_as(path, wanted):
         raise SystemExit(f"{path} holds no JSON, or is damaged; give {wanted}")
 
 
-def read_report(path):
-    """A report of evaluate.py."""
-    wanted = "reports of evaluate.py, out/eval/*.json"
-    report = read_json_as(path, wanted)
-    is_report = isinstance(report, dict) and "n_robust" in report and "n_correct" in report
-    need(is_report and report.get("n", 0) > 0, f"{path} is no report of evaluate.py on images; give {wanted}")
-    return report
+class Measured(NamedTuple):
+    """What a report says of a network: accuracies (low, value, high) in percent, with 95% intervals."""
+
+    title: str  # data and attack: of its panel
+    name: str  # all about the network but the seed of its training
+    is_normal: bool  # known to be trained without an attack
+    clean: tuple
+    robust: tuple
 
 
 def attack_name(report):
-    """What a report measured, the title of its panel."""
+    """What a report measured."""
     attack = report["attack"]
     if attack == "pgd":
         attack = f"PGD-{report['steps']}"
@@ -1427,111 +1483,126 @@ def attack_name(report):
     return f"{report['data']}, {attack}, eps {report['eps']:g}/255"
 
 
-def configuration(report):
-    """Everything about a network but the seed of its training: what shares a colour and a marker."""
+def network_name(report):
+    """What seeds have in common: they share a colour and a marker."""
     name = f"{report['arch']} {report['act']}"
     if report.get("act_alpha") is not None:
         name += f" alpha {report['act_alpha']:g}"
     name += f", {report['res']} px"
-    train = report.get("train")
-    if train is None:  # nothing is known of its training, so it stands for itself
+    recipe = report.get("train")
+    if recipe is None:  # nothing is known of its training, so it stands for itself
         return f"{name}, {report['weights']}"
-    if train["steps"] == 0:
+    if recipe["steps"] == 0:
         name += ", normal"
     else:
-        name += f", PGD-{train['steps']} eps {train['eps']:g}"
-    if train["smooth_backward"] != "none":
-        name += f", smooth backward {train['smooth_backward']}"
-    return f"{name}, {train['epochs']} epochs"
+        name += f", PGD-{recipe['steps']} eps {recipe['eps']:g}"
+    if recipe["smooth_backward"] != "none":
+        name += f", smooth backward {recipe['smooth_backward']}"
+    return f"{name}, {recipe['epochs']} epochs"
+
+
+def percent(k, n):
+    """k of n -> the low end of its 95% interval, its share, the high end, in percent."""
+    low, high = wilson(k, n)
+    return 100 * low, 100 * k / n, 100 * high
+
+
+def read_report(path):
+    """A report of evaluate.py -> Measured."""
+    wanted = "reports of evaluate.py, out/eval/*.json"
+    report = load_json(path, wanted)
+    is_report = isinstance(report, dict) and "n_robust" in report and "n_correct" in report
+    need(is_report, f"{path} is no report of evaluate.py; give {wanted}")
+    n = report["n"]
+    need(n > 0, f"{path} is a report on no images; give {wanted}")
+    recipe = report.get("train")
+    is_normal = recipe is not None and recipe["steps"] == 0
+    clean = percent(report["n_correct"], n)
+    robust = percent(report["n_robust"], n)
+    return Measured(attack_name(report), network_name(report), is_normal, clean, robust)
 
 
 def read_paper(path):
     """The paper's networks: [{"name", "clean", "robust"}, ...], in percent."""
     wanted = 'a list like [{"name": "ResNet-50 SiLU", "clean": 69.7, "robust": 42.3}]'
-    paper = read_json_as(path, wanted)
-    is_list = isinstance(paper, list) and all(isinstance(net, dict) for net in paper)
-    need(is_list and all({"name", "clean", "robust"} <= set(net) for net in paper),
-         f"{path} holds no networks of a paper; give {wanted}")
+    paper = load_json(path, wanted)
+    need(isinstance(paper, list), f"{path} holds no list; give {wanted}")
+    for reference in paper:
+        is_whole = isinstance(reference, dict) and {"name", "clean", "robust"} <= set(reference)
+        need(is_whole, f"{path} holds {reference}; give {wanted}")
     return paper
-
-
-def scatter(args):
-    """A panel for each attack and data set; the cross of a marker is its two 95% intervals."""
-    check_picture(args)
-    reports = [read_report(path) for path in args.files]
-    paper = read_paper(args.paper) if args.paper else []
-    names = list(dict.fromkeys(configuration(report) for report in reports))  # each once, in order
-    titles = list(dict.fromkeys(attack_name(report) for report in reports))
-    n_columns = min(3, len(titles))
-    n_rows = math.ceil(len(titles) / n_columns)
-    right = 60 + 420 * n_columns
-    legend = names + [net["name"] for net in paper]
-    longest = max(text_width(name) for name in legend)
-    height = max(20 + 420 * n_rows, 90 + 20 * len(legend))
-    fig = Figure(right + 20 + longest + 20, height, args.scale)
-
-    for p, title in enumerate(titles):
-        left = 60 + 420 * (p % n_columns)
-        top = 60 + 420 * (p // n_columns)
-        shown = [report for report in reports if attack_name(report) == title]
-        cleans = [net["clean"] for net in paper]
-        robusts = [net["robust"] for net in paper]
-        for report in shown:
-            cleans += [100 * share for share in wilson(report["n_correct"], report["n"])]
-            robusts += [100 * share for share in wilson(report["n_robust"], report["n"])]
-        place = axes(fig, (left, top, left + 350, top + 320), span(cleans, 0, 100), span(robusts, 0, 100),
-                     "clean accuracy (%)", "robust accuracy (%)", title)
-        for number, net in enumerate(paper, 1):
-            draw_ring(fig, place(net["clean"], net["robust"]), number)
-        for report in shown:
-            draw_cross(fig, place, report, COLOURS[names.index(configuration(report)) % len(COLOURS)])
-        for report in shown:  # markers lie on all crosses
-            clean = 100 * report["n_correct"] / report["n"]
-            robust = 100 * report["n_robust"] / report["n"]
-            draw_net(fig, place(clean, robust), names.index(configuration(report)), is_normal(report))
-
-    for i, name in enumerate(names):
-        hollow = any(is_normal(report) for report in reports if configuration(report) == name)
-        draw_net(fig, (right, 70 + 20 * i), i, hollow)
-        fig.text(right + 16, 70 + 20 * i, name, "lm")
-    for number, net in enumerate(paper, 1):
-        y = 70 + 20 * (len(names) + number - 1)
-        draw_ring(fig, (right, y), number)
-        fig.text(right + 16, y, net["name"], "lm")
-    fig.save(args.png or "out/scatter.png")
-
-
-def is_normal(report):
-    """Whether a network is known to be trained without an attack."""
-    train = report.get("train")
-    return train is not None and train["steps"] == 0
 
 
 def draw_ring(fig, point, number):
     """One of the paper's networks: a ring with its number in the legend."""
+    x, y = point
     fig.marker(point, 8, GREY, hollow=True)
-    fig.text(point[0], point[1], f"{number}", "mm", 10, GREY)
+    fig.text(x, y, f"{number}", "mm", 10, GREY)
 
 
-def draw_cross(fig, place, report, colour):
-    """The 95% intervals of a report's two accuracies."""
-    clean = 100 * report["n_correct"] / report["n"]
-    robust = 100 * report["n_robust"] / report["n"]
-    clean_low, clean_high = wilson(report["n_correct"], report["n"])
-    robust_low, robust_high = wilson(report["n_robust"], report["n"])
-    fig.line([place(100 * clean_low, robust), place(100 * clean_high, robust)], colour)
-    fig.line([place(clean, 100 * robust_low), place(clean, 100 * robust_high)], colour)
+def scatter(args):
+    """A panel for each data set and attack, a marker for each report, its 95% intervals as a cross."""
+    check_picture(args)
+    nets = [read_report(path) for path in args.files]
+    paper = read_paper(args.paper) if args.paper else []
+    titles = list(dict.fromkeys(net.title for net in nets))  # each once, in the order of the files
+    styles = {}
+    hollow = {}
+    for net in nets:
+        if net.name not in styles:
+            styles[net.name] = style(len(styles))
+            hollow[net.name] = net.is_normal
 
+    n_columns = min(3, len(titles))
+    n_rows = math.ceil(len(titles) / n_columns)
+    legend = list(styles) + [reference["name"] for reference in paper]
+    right = 60 + 420 * n_columns
+    width = right + 16 + text_width_of(legend) + 24
+    height = max(20 + 420 * n_rows, 90 + 20 * len(legend))
+    fig = Figure(width, height, args.scale)
 
-def draw_net(fig, point, i, hollow):
-    """The marker of configuration i; hollow for a normally trained network."""
-    fig.marker(point, 5, COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)], hollow)
+    for p, title in enumerate(titles):
+        left = 60 + 420 * (p % n_columns)
+        top = 60 + 420 * (p // n_columns)
+        shown = [net for net in nets if net.title == title]
+        cleans = [reference["clean"] for reference in paper]
+        robusts = [reference["robust"] for reference in paper]
+        for net in shown:
+            cleans += net.clean
+            robusts += net.robust
+        box = (left, top, left + 350, top + 320)
+        xs = span(cleans, 0, 100)
+        ys = span(robusts, 0, 100)
+        place = axes(fig, box, xs, ys, "clean accuracy (%)", "robust accuracy (%)", title)
+        for number, reference in enumerate(paper, 1):
+            draw_ring(fig, place(reference["clean"], reference["robust"]), number)
+        for net in shown:
+            colour = styles[net.name].colour
+            clean_low, clean, clean_high = net.clean
+            robust_low, robust, robust_high = net.robust
+            fig.line([place(clean_low, robust), place(clean_high, robust)], colour)
+            fig.line([place(clean, robust_low), place(clean, robust_high)], colour)
+        for net in shown:  # all markers lie on all crosses
+            _, clean, _ = net.clean
+            _, robust, _ = net.robust
+            colour, _, shape = styles[net.name]
+            fig.marker(place(clean, robust), 5, colour, shape, hollow[net.name])
+
+    y = 70
+    for name, (colour, _, shape) in styles.items():
+        fig.marker((right, y), 5, colour, shape, hollow[name])
+        fig.text(right + 16, y, name, "lm")
+        y += 20
+    for number, reference in enumerate(paper, 1):
+        draw_ring(fig, (right, y), number)
+        fig.text(right + 16, y, reference["name"], "lm")
+        y += 20
+    fig.save(args.png or "out/scatter.png")
 
 
 # What `compare --json` found, beside the paper's differences
 
-
-class Mark(NamedTuple):
+class Sign(NamedTuple):
     """A value's colour and marker: colours tell them apart, and so do the shapes alone, in grey."""
 
     name: str
@@ -1540,24 +1611,24 @@ class Mark(NamedTuple):
     hollow: bool
 
 
-HIGHER = Mark("higher", "#0072B2", DISC, False)
-LOWER = Mark("lower", "#D55E00", SQUARE, False)
-UNDECIDED = Mark("undecided", GREY, DISC, True)
-PAPER = Mark("the paper", INK, DIAMOND, True)
+HIGHER = Sign("higher", BLUE, DISC, False)
+LOWER = Sign("lower", ORANGE, SQUARE, False)
+UNDECIDED = Sign("undecided", GREY, DISC, True)
+PAPER = Sign("the paper", INK, DIAMOND, True)
 ROW = 30  # the height of a row
 
 
 def draw_difference(fig, row, y, across):
     """A row's interval as a line, its mean as a marker, the paper's value; across(value) -> x."""
-    mark = UNDECIDED
+    sign = UNDECIDED
     if row["low"] > 0:
-        mark = HIGHER
+        sign = HIGHER
     elif row["high"] < 0:
-        mark = LOWER
-    fig.line([(across(row["low"]), y), (across(row["high"]), y)], mark.colour, 3)
+        sign = LOWER
+    fig.line([(across(row["low"]), y), (across(row["high"]), y)], sign.colour, 3)
     if row.get("reference") is not None:
         fig.marker((across(row["reference"]), y), 5, PAPER.colour, PAPER.shape, PAPER.hollow)
-    fig.marker((across(row["difference"]), y), 5, mark.colour, mark.shape, mark.hollow)
+    fig.marker((across(row["difference"]), y), 5, sign.colour, sign.shape, sign.hollow)
 
 
 def forest_plot(rows, path, scale, title="Difference in accuracy"):
@@ -1566,12 +1637,12 @@ def forest_plot(rows, path, scale, title="Difference in accuracy"):
     A row is a dict: name; difference, low, high in percentage points; reference, the paper's or None.
     """
     has_reference = any(row.get("reference") is not None for row in rows)
-    left = 24 + math.ceil(max(text_width(row["name"], 13) for row in rows)) + 28
+    left = 24 + text_width_of([row["name"] for row in rows], 13) + 28
     right = left + 400
     width = right + (220 if has_reference else 160)
     top = 72
     bottom = top + ROW * len(rows)
-    fig = Figure(max(width, 48 + text_width(title, 15)), bottom + 94, scale)
+    fig = Figure(max(width, 48 + text_width_of([title], 15)), bottom + 94, scale)
 
     values = [0]
     for row in rows:
@@ -1590,9 +1661,9 @@ def forest_plot(rows, path, scale, title="Difference in accuracy"):
     for i in range(0, len(rows), 2):  # a tint under every second row leads the eye along it
         y = top + ROW * i
         fig.polygon([(12, y), (width - 12, y), (width - 12, y + ROW), (12, y + ROW)], "#F5F5F5")
-    for mark in ticks(low, high, (right - left) / 48):
-        x = round(across(mark))
-        fig.line([(x, top), (x, bottom)], INK if mark == 0 else FAINT)
+    for tick in ticks(low, high, (right - left) / 48):
+        x = round(across(tick))
+        fig.line([(x, top), (x, bottom)], INK if tick == 0 else FAINT)
     axis(fig, (left, bottom), (right, bottom), low, high, "percentage points", (0, 1))
 
     for i, row in enumerate(rows):
@@ -1606,11 +1677,11 @@ def forest_plot(rows, path, scale, title="Difference in accuracy"):
 
     x = left
     y = bottom + 70
-    for mark in (HIGHER, LOWER, UNDECIDED, PAPER):
-        if mark is not PAPER or has_reference:
-            fig.marker((x, y), 5, mark.colour, mark.shape, mark.hollow)
-            fig.text(x + 12, y, mark.name, "lm", 11, GREY)
-            x += 40 + text_width(mark.name, 11)
+    for sign in (HIGHER, LOWER, UNDECIDED, PAPER):
+        if sign is not PAPER or has_reference:
+            fig.marker((x, y), 5, sign.colour, sign.shape, sign.hollow)
+            fig.text(x + 12, y, sign.name, "lm", 11, GREY)
+            x += 40 + text_width_of([sign.name], 11)
     fig.save(path)
 
 
@@ -1618,13 +1689,15 @@ def forest(args):
     """A row for each comparison; its name is that of its file, without the ending."""
     check_picture(args)
     wanted = "files that compare --json wrote"
-    paper = read_json_as(args.paper, "a dict like {\"silu\": 9.3}") if args.paper else {}
-    need(isinstance(paper, dict), f"{args.paper} holds no differences; give a dict like {{\"silu\": 9.3}}")
+    example = '{"silu": 9.3}, names and percentage points'
+    paper = load_json(args.paper, example) if args.paper else {}
+    need(isinstance(paper, dict), f"{args.paper} holds no differences; give {example}")
     rows = []
     measures = []
     for path in args.files:
-        found = read_json_as(path, wanted)
-        need(isinstance(found, dict) and found.get("comparisons"), f"{path} has no comparisons; give {wanted}")
+        found = load_json(path, wanted)
+        has_rows = isinstance(found, dict) and found.get("comparisons")
+        need(has_rows, f"{path} has no comparisons; give {wanted}")
         for comparison in found["comparisons"]:
             measure = f"{comparison['what']}, {comparison['setting']}"
             if args.only in measure:
@@ -1639,7 +1712,8 @@ def forest(args):
     for row in rows:
         if args.paper and row["reference"] is None:
             say(f"{args.paper} has no {row['name']!r}: drawn without the paper's value")
-    forest_plot(rows, args.png or "out/forest.png", args.scale, f"Difference in accuracy: {different[0]}")
+    title = f"Difference in accuracy: {different[0]}"
+    forest_plot(rows, args.png or "out/forest.png", args.scale, title)
 
 
 # A trained net and its images: the loss around them (SAT Fig. 5), before and after the attack
@@ -1667,41 +1741,55 @@ def heat_map(fig, box, z, low, high):
     fig.paste(pixels, left, top, right - left, bottom - top)
 
 
-def surface_3d(fig, x, y, size, z, low, high, reach, labels):
-    """z (n, n) as a shaded surface, its floor `reach` around 0; (x, y) is the middle of the floor."""
+def surface_3d(fig, middle, size, z, low, high, reach, labels):
+    """z (n, n) as a shaded surface over a floor from -reach to reach; `middle`: where its floor is."""
     n = len(z)
     height = (z - low) / (high - low)  # in [0, 1]
+    middle_x, middle_y = middle
 
     def project(a, b, c):
-        """Right a and depth b in [-1, 1], height c in [0, 1] -> a point of the figure."""
+        """The first index a and the second b in [-1, 1], height c in [0, 1] -> a point of the figure."""
         across = 0.75 * a - 0.66 * b
         depth = 0.66 * a + 0.75 * b
-        return x + size * across, y - size * (0.42 * depth + 1.1 * c)
+        up = 0.42 * depth + 1.1 * c
+        return middle_x + size * across, middle_y - size * up
 
-    # Light comes from the side: Lambert's cosine between it and the surface's normal
+    # Lambert: brightness is the cosine between the normal (-slope_a, -slope_b, 1) and the light
+    light_a, light_b, light_c = (-0.45, 0.25, 0.85)
     slope_a, slope_b = np.gradient(height, 2 / (n - 1))
-    cosine = (0.45 * slope_a - 0.25 * slope_b + 0.85) / np.sqrt(1 + slope_a**2 + slope_b**2)
+    along = light_c - light_a * slope_a - light_b * slope_b
+    cosine = along / np.sqrt(1 + slope_a**2 + slope_b**2)
     shade = 0.55 + 0.45 * cosine.clip(0, 1)
     colours = (viridis(height) * shade[:, :, None]).astype(int)
 
     at = np.linspace(-1, 1, n)
-    for i in reversed(range(n - 1)):  # the farthest patch first, nearer ones cover it
+    for i in reversed(range(n - 1)):  # the farthest patch first: nearer ones cover it
         for j in reversed(range(n - 1)):
             corners = []
             for a, b in ((i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1)):
                 corners.append(project(at[a], at[b], height[a, b]))
             fig.polygon(corners, tuple(colours[i, j]))
-    axis(fig, project(-1, -1, 0), project(1, -1, 0), -reach, reach, labels[0], (0.45, 0.89))
-    axis(fig, project(-1, -1, 0), project(-1, 1, 0), -reach, reach, labels[1], (-0.45, 0.89))
-    axis(fig, project(-1, 1, 0), project(-1, 1, 1), low, high, labels[2], (-1, 0))
+    front = project(-1, -1, 0)
+    right = project(1, -1, 0)
+    left = project(-1, 1, 0)
+    left_top = project(-1, 1, 1)
+    a_label, b_label, c_label = labels
+    axis(fig, front, right, -reach, reach, a_label, (0.45, 0.89))
+    axis(fig, front, left, -reach, reach, b_label, (-0.45, 0.89))
+    axis(fig, left, left_top, low, high, c_label, (-1, 0))
+
+
+def to_unit(direction):
+    """A direction in pixels -> the same, of mean square 1."""
+    return direction / direction.square().mean().sqrt()
 
 
 def directions(delta, index, seed=0):
     """The attack's delta (1, C, H, W) and a random direction at right angles, both of mean square 1."""
+    attack = to_unit(delta)
     random = uniform(seed, index, 0, delta.shape[1:]) - 0.5
-    along = (random * delta).sum() / delta.square().sum()
-    across = random - along * delta
-    return delta / delta.square().mean().sqrt(), across / across.square().mean().sqrt()
+    along = (random * attack).mean()
+    return attack, to_unit(random - along * attack)
 
 
 def loss_surface(net, x, y, attack, random, reach, n):
@@ -1717,19 +1805,22 @@ def loss_surface(net, x, y, attack, random, reach, n):
 
 def roughness(surface):
     """Mean squared second difference, in both directions; compare at the same radius and n only."""
-    bends = [np.square(np.diff(surface, 2, axis)).mean() for axis in (0, 1)]
-    return np.mean(bends)
+    along_first = np.diff(surface, n=2, axis=0)
+    along_second = np.diff(surface, n=2, axis=1)
+    return (np.square(along_first).mean() + np.square(along_second).mean()) / 2
 
 
 def surfaces(net, name, run, n):
     """The loss around each image of a run, within twice eps -> list of (n, n)."""
-    x_adv = pgd_from(net, run.index, run.x, run.y, run.eps, run.step_size, 20)
+    reach = 2 * run.eps / 255
+    x_adv = pgd_from(net, run.index, run.x, run.y, run.eps, run.step_size, steps=20)
+    delta = x_adv - run.x
     found = []
-    for i in range(len(run.y)):
-        show(f"the loss of {name} around image {i + 1} of {len(run.y)}")
-        one = slice(i, i + 1)
-        attack, random = directions(x_adv[one] - run.x[one], run.index[one])
-        found.append(loss_surface(net, run.x[one], run.y[one], attack, random, 2 * run.eps / 255, n))
+    rows = [tensor.split(1) for tensor in (run.index, run.x, run.y, delta)]
+    for index, x, y, delta in zip(*rows):
+        show(f"the loss of {name} around image {len(found) + 1} of {len(run.y)}")
+        attack, random = directions(delta, index)
+        found.append(loss_surface(net, x, y, attack, random, reach, n))
     return found
 
 
@@ -1737,8 +1828,10 @@ def landscape(args):
     """The loss around the first image, each net a column: as a surface, and from above."""
     check_picture(args)
     run = open_run(args, limit=20)
-    nets = [(run.net, f"{run.arch} {run.act}")]
-    nets += [other_net(path, run) for path in args.against]
+    nets = [(run.net, f"{run.arch} {run.act}, {args.weights or args.out}")]
+    for path in args.against:
+        net, name = other_net(path, run)
+        nets.append((net, f"{name}, {path}"))
     shown = []
     titles = []
     for net, name in nets:
@@ -1747,13 +1840,14 @@ def landscape(args):
         shown.append(around[0])
         titles.append((name, f"roughness {rough[0]:.2g}"))
         half = 1.96 * np.std(rough) / math.sqrt(len(rough))
-        say(f"{name}: roughness {rough[0]:.2g}; over {len(rough)} images {np.mean(rough):.2g} +- {half:.1g}")
+        say(f"{name}: roughness {rough[0]:.2g}; over {len(rough)} images {np.mean(rough):.2g} "
+            f"+- {half:.1g}")
 
     low = np.min(shown)
-    high = np.max(shown)
+    high = max(np.max(shown), low + 1e-6)  # a loss that is the same everywhere has an axis too
     reach = 2 * run.eps
     labels = ("attack (1/255)", "random (1/255)", "cross-entropy")
-    column = max([400] + [text_width(name, 14) + 40 for name, _ in titles])
+    column = max(400, 40 + text_width_of([name for name, _ in titles], 14))
     right = column * len(shown)
     fig = Figure(right + 60, 720, args.scale)
     for k, surface in enumerate(shown):
@@ -1762,7 +1856,7 @@ def landscape(args):
         name, note = titles[k]
         fig.text(middle, 28, name, "ms", 14)
         fig.text(middle, 46, note, "ms", 12, GREY)
-        surface_3d(fig, middle, 260, 110, surface, low, high, reach, labels)
+        surface_3d(fig, (middle, 260), 110, surface, low, high, reach, labels)
         heat_map(fig, box, surface, low, high)
         axes(fig, box, (-reach, reach), (-reach, reach), labels[0], labels[1], grid=False)
     ladder = viridis(np.linspace(1, 0, 256))[:, None]  # (256, 3) -> (256, 1, 3)
@@ -1771,43 +1865,59 @@ def landscape(args):
     fig.save(args.png or run.out / "landscape.png")
 
 
+class Column(NamedTuple):
+    """A column of the gallery: pictures x (N, 3, H, W), and what stands below each of them."""
+
+    title: str
+    x: torch.Tensor
+    words: list
+    colours: list
+
+
+def column_of_guesses(title, run, x):
+    """Pictures with what a net takes them for; what is wrong is orange."""
+    shares, guesses = logits_of(run.net, x).softmax(1).max(1)
+    words = []
+    colours = []
+    for share, guess, label in zip(shares.tolist(), guesses.tolist(), run.y.tolist()):
+        words.append(f"{run.images.classes[guess]}, {share:.0%}")
+        colours.append(INK if guess == label else ORANGE)
+    return Column(title, x, words, colours)
+
+
 def gallery(args):
     """A row for each image: clean, attacked, and their difference magnified."""
     check_picture(args)
-    most = 40
-    need(args.limit is None or args.limit <= most, f"--limit {args.limit} rows are no picture; use at most {most}")
+    need(args.limit is None or args.limit <= 40,
+         f"--limit {args.limit} is too long for a picture; use 40 at most")
     run = open_run(args, limit=6)
     x_adv = pgd_from(run.net, run.index, run.x, run.y, run.eps, run.step_size, run.steps)
-    classes = run.images.classes
     magnify = max(1, round(127 / run.eps))
-    columns = [("clean", run.x), (f"attacked, eps {run.eps:g}/255", x_adv),
-               (f"difference x {magnify}, grey is 0", magnify * (x_adv - run.x) + 0.5)]
-
-    captions = []  # for each column, for each image: its words and colour
-    for _, x in columns[:2]:
-        share, guess = logits_of(run.net, x).softmax(1).max(1)
-        column = []
-        for i, label in enumerate(run.y):
-            colour = INK if guess[i] == label else "#D55E00"
-            column.append((f"{classes[guess[i]]}, {share[i]:.0%}", colour))
-        captions.append(column)
-    captions.append([(f"label: {classes[label]}", INK) for label in run.y])
+    difference = magnify * (x_adv - run.x) + 0.5
+    labels = [f"label: {run.images.classes[label]}" for label in run.y.tolist()]
+    columns = [column_of_guesses("clean", run, run.x),
+               column_of_guesses(f"attacked, eps {run.eps:g}/255", run, x_adv),
+               Column(f"difference x {magnify}, grey is 0", difference, labels, [INK] * len(labels))]
 
     side = 150
+    gap = 20
     widths = []  # a column is as wide as its longest words
-    for (title, _), column in zip(columns, captions):
-        widths.append(max([side, text_width(title, 13)] + [text_width(words) for words, _ in column]) + 20)
-    fig = Figure(20 + sum(widths), 50 + (side + 34) * len(x_adv), args.scale)
-    left = 20
-    for (title, x), column, width in zip(columns, captions, widths):
-        fig.text(left, 30, title, "ls", 13)
-        for i, picture in enumerate(x.cpu()):
-            top = 44 + (side + 34) * i
+    for column in columns:
+        longest = max(text_width_of([column.title], 13), text_width_of(column.words))
+        widths.append(max(side, longest))
+    width = gap + sum(widths) + gap * len(columns)
+    height = 50 + (side + 34) * len(x_adv)
+    fig = Figure(width, height, args.scale)
+    left = gap
+    for column, width in zip(columns, widths):
+        fig.text(left, 30, column.title, "ls", 13)
+        top = 44
+        for picture, words, colour in zip(column.x.cpu(), column.words, column.colours):
             pixels = (255 * picture.clamp(0, 1)).round().byte().permute(1, 2, 0)  # -> (H, W, 3)
             fig.paste(pixels.numpy(), left, top, side, side)
-            words, colour = column[i]
             fig.text(left, top + side + 5, words, "la", colour=colour)
-        left += width
+            top += side + 34
+        left += width + gap
     fig.save(args.png or run.out / "gallery.png")
 
 
@@ -1888,12 +1998,13 @@ def get_args(argv=None):
 
     c = add_command(scatter, "clean and robust accuracy of many nets, SAT Figs. 3 and 4")
     c.add_argument("files", nargs="+", help="reports of evaluate.py")
-    c.add_argument("--paper", help="a JSON file with the paper's nets, to be drawn as rings")
+    c.add_argument("--paper", help="a JSON file with the paper's nets, which become rings")
     add_picture_flags(c, "out/scatter.png")
 
     c = add_command(forest, "what several `compare --json` have found, a row each")
     c.add_argument("files", nargs="+", help="what compare --json wrote")
-    c.add_argument("--paper", help="a JSON file with the paper's differences, to be drawn as rings")
+    c.add_argument("--paper", help='a JSON file with the paper\'s differences: {"silu": 9.3}')
+    c.add_argument("--only", default="robust", help="which measurement, a part of its name")
     add_picture_flags(c, "out/forest.png")
 
     args, rest = p.parse_known_args(argv)

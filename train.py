@@ -383,10 +383,10 @@ def differences(saved, args, facts):
     return clauses
 
 
-def init_from(net, path, log):
-    """Take every tensor of the file that fits by name and shape -> a hash of the file.
+def init_from(net, path):
+    """Take every tensor of the file that fits by name and shape -> a sentence for the log.
 
-    What stays at its initialisation is named, such as a classifier for other classes.
+    It names what stays at its initialisation, such as a classifier for other classes.
     """
     wanted = net.state_dict()
     taken = {}
@@ -398,10 +398,11 @@ def init_from(net, path, log):
          "that the file is of")
     net.load_state_dict(taken, strict=False)
     missing = [name for name in wanted if name not in taken]
-    shown = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
-    log(f"--init {path}: {len(taken)} of {len(wanted)} tensors taken; "
-        f"{len(missing)} stay at their initialisation{': ' if missing else ''}{shown}")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    sentence = f"--init {path}: {len(taken)} of {len(wanted)} tensors taken"
+    if missing:
+        shown = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
+        sentence += f"; {len(missing)} stay at their initialisation: {shown}"
+    return sentence
 
 
 # The pieces of a step
@@ -416,7 +417,10 @@ def network(args, num_classes):
 
 
 def parameter_groups(net, wd):
-    """Decay for convolution and linear weights; none for norms, biases and SmoothReLU's alpha."""
+    """Decay for convolution and linear weights; none for norms, biases and SmoothReLU's alpha.
+
+    As the released code, whose l2 term is half of wd times the squared weights: torch's own wd.
+    """
     decayed = []
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -579,7 +583,8 @@ def main():
         if state["world"] != world:
             log(f"going on with {world} processes instead of {state['world']}: not bit-exact")
     elif args.init:
-        facts["init_hash"] = init_from(net, args.init, log)
+        init_sentence = init_from(net, args.init)
+        facts["init_hash"] = hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:12]
     if rank == 0 and not state:
         folder = shlex.quote(str(Path(__file__).parent))
         facts["commit"] = subprocess.getoutput(f"git -C {folder} describe --always --dirty 2>/dev/null")
@@ -674,7 +679,7 @@ def main():
                 "best": best, "best_epoch": best_epoch, "ended": ended,
             }, previous=out / "last.prev.pt")
 
-    # The loop
+    # The loop. Everything up to here can be repeated; what follows changes weights and files
     lr = args.lr
     if not state:
         save()  # from here on there is something to go on from
@@ -682,6 +687,8 @@ def main():
     log(f"{args.arch} {args.act}, {size:.2f}M parameters; {args.data}, {len(members)} images, "
         f"{len(held_out)} held out; {n_steps} steps of {min(args.batch_size, len(members))}; "
         f"{args.dtype} on {world} {device_name(device)}")
+    if args.init and not state:
+        log(init_sentence)
     if state and epoch < args.epochs and not ended:
         log(f"going on at epoch {epoch + 1}, step {step}", kind="resume", epoch=epoch + 1, step=step)
     torch.backends.cudnn.benchmark = True
@@ -737,7 +744,7 @@ def main():
                 update_ema(ema, net, n_updates)
             step += 1
 
-            # A log line, over all ranks since the line before
+            # A log line, over all ranks since the line before. This is where a step waits for the device
             if step % args.log_every == 0 or step == n_steps:
                 total = all_ranks(sums)
                 refuse_not_finite(total)
