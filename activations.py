@@ -70,7 +70,7 @@ class SmoothReLUFunction(torch.autograd.Function):
 
 
 class SmoothReLU(nn.Module):
-    """Eq. 5: x - log(alpha x + 1) / alpha for x >= 0, else 0. alpha is learnable, one a layer."""
+    """Eq. 5: x - log(alpha x + 1) / alpha for x >= 0, else 0. alpha is learnable, one per layer."""
 
     def __init__(self, alpha=400.0):
         super().__init__()
@@ -88,7 +88,7 @@ class SmoothReLU(nn.Module):
         return f"alpha={self.alpha.item():.4g}"
 
 
-# Above this value torch's softplus returns x: 2e-9 off at its default of 20, exact in float64 at 40
+# Where beta * x > threshold, torch's softplus returns x: 2e-9 off at its default of 20, exact at 40
 Softplus = partial(nn.Softplus, threshold=40)
 
 # A new curve is a class here and, if it has an alpha, its default below

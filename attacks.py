@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack is these, in this order
-START, APGD, SQUARE = 0, 1, 2  # first word of the counter of their random numbers: no two draw the same
+# First word of the counter given to uniform, so that no two attacks draw the same numbers
+START, APGD, SQUARE = 0, 1, 2
 LOSS_SCALE = 2.0**7  # the released code's, for float16; a power of two is exact in every other precision
 SQUARE_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000)  # queries that halve the square's area (AA)
 
@@ -53,7 +54,7 @@ def uniform(seed, index, counter, shape):
         key = mix(key * 3 + word + 1)
     n_numbers = torch.Size(shape).numel()
     z = torch.arange(1, n_numbers + 1, device=index.device)
-    z = z * -0x61C8864680B583EB + key[:, None]  # SplitMix64: golden gammas, one stream an image
+    z = z * -0x61C8864680B583EB + key[:, None]  # SplitMix64's increments, a stream per image
     bits = (mix(z) >> 40) & 0xFFFFFF  # the upper 24: as many as a float32 holds
     return bits.float().mul_(2.0**-24).view(-1, *shape)
 
@@ -100,7 +101,7 @@ def ball(x, eps):
 
 
 def input_gradient(model, x, loss):
-    """Logits (N, K) in float32, and the slope of `loss(logits)`, (N,), in each image's pixels, as x.
+    """Logits (N, K) float32, and the gradient of `loss(logits)`, (N,), with respect to x, as x.
 
     The loss is scaled on the way back, so that float16 does not underflow; the slope returned is not.
     """
@@ -148,7 +149,7 @@ def pgd(model, x, y, eps, step_size, steps, noise=None, loss=cross_entropy, chec
     if check:
         check_arguments(model, x, y)
 
-    def climbed(logits):
+    def objective(logits):
         if check:
             check_labels(logits, y)
         return loss(logits, y)
@@ -159,7 +160,7 @@ def pgd(model, x, y, eps, step_size, steps, noise=None, loss=cross_entropy, chec
         noise = torch.empty_like(x).uniform_(-eps, eps)
     x_adv = torch.clamp(x + noise, lower, upper)  # Differs from SAT: its start may leave [0, 1]
     for _ in range(steps):
-        _, grad = input_gradient(model, x_adv, climbed)
+        _, grad = input_gradient(model, x_adv, objective)
         direction = torch.where(grad.isnan(), grad, grad.sign())  # NaN's sign() is 0
         x_adv = torch.clamp(x_adv + step_size * direction, lower, upper)
     return x_adv
@@ -258,7 +259,8 @@ def pgd_search(model, x, y, eps, step_size, steps, index, restarts=1, seed=0, ve
     check_arguments(model, x, y)
     if last_iterate and restarts > 1:
         raise ValueError(f"restarts is {restarts}; the last iterate is one start's: use restarts=1")
-    clean_logits = (verify or model)(x)
+    exact = verify or model
+    clean_logits = exact(x)
     check_labels(clean_logits, y)
     clean = predict(clean_logits)
 
@@ -272,11 +274,11 @@ def pgd_search(model, x, y, eps, step_size, steps, index, restarts=1, seed=0, ve
     if not last_iterate:
         search.leave(clean != y)
 
-    def climbed(logits):
+    def objective(logits):
         return cross_entropy(logits, rest.y)
 
-    for n_done in search.until_all_fooled(restarts * (steps + 1)):
-        restart, step = divmod(n_done, steps + 1)
+    for iterate in search.until_all_fooled(restarts * (steps + 1)):
+        restart, step = divmod(iterate, steps + 1)
         if step == 0:
             moved = rest.x + random_start(rest.x, eps, seed, rest.index, restart)
         else:
@@ -284,7 +286,7 @@ def pgd_search(model, x, y, eps, step_size, steps, index, restarts=1, seed=0, ve
         rest.x_adv = torch.clamp(moved, rest.lower, rest.upper)
 
         if step < steps:
-            logits, rest.grad = search_gradient(model, rest.x_adv, climbed)
+            logits, rest.grad = search_gradient(model, rest.x_adv, objective)
         else:
             logits = model(rest.x_adv)  # nothing comes after the last iterate: no gradient
         search.forwards[rest.row] += 1
@@ -347,7 +349,7 @@ def apgd(model, x, y, eps, index, seed=0, target=None, loss=cross_entropy, resta
     if target is not None:
         rest.target = target
 
-    def climbed(logits):
+    def objective(logits):
         if target is None:
             return loss(logits, rest.y)
         return loss(logits, rest.y, rest.target)
@@ -369,10 +371,10 @@ def apgd(model, x, y, eps, index, seed=0, target=None, loss=cross_entropy, resta
     last_check = 0
 
     for step in search.until_all_fooled(steps + 1):
-        logits, rest.grad = search_gradient(model, rest.x_adv, climbed)
+        logits, rest.grad = search_gradient(model, rest.x_adv, objective)
         search.forwards[rest.row] += 1
         loss_before = rest.loss
-        rest.loss = climbed(logits)
+        rest.loss = objective(logits)
         rest.n_up = rest.n_up + (rest.loss > loss_before)
         fooled = search.confirm(predict(logits) != rest.y)
         search.leave(fooled)
@@ -413,9 +415,9 @@ def to_hyperplane(x, w, gap, iterations=6):
     """The smallest L-inf step inside the box that raises <w, x> by gap, (N,) -> as x (FAB).
 
     Every pixel moves by `reach` or until it meets the box, so <w, step> is concave in the reach: Newton
-    finds it from below without sorting pixels. A plane that misses the box: into the nearest corner.
+    finds it from below without sorting pixels. If the plane misses the box, it steps to a corner.
     """
-    gap = gap.nan_to_num(0, 0, 0)  # logits that do not differ name no plane
+    gap = gap.nan_to_num(0, 0, 0)  # logits that are not finite define no plane
     direction = w.sign() * per_image(gap.sign())
     room = torch.where(direction > 0, 1 - x, x)
     w = w.abs()
@@ -440,12 +442,12 @@ def fab(model, x, y, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, 
     rest = search.rest
     rest.target = target
 
-    def climbed(logits):
+    def objective(logits):
         return targeted_margin(logits, rest.y, rest.target)
 
     for _ in search.until_all_fooled(steps):
-        logits, w = search_gradient(model, rest.x_adv, climbed)
-        gap = -climbed(logits)  # the boundary is where <w, x> is higher by this
+        logits, w = search_gradient(model, rest.x_adv, objective)
+        gap = -objective(logits)  # the boundary is where <w, x> is higher by this
 
         # Overstep the boundary seen from x_adv, with a bias towards the same boundary seen from x
         step_adv = to_hyperplane(rest.x_adv, w, gap)
@@ -459,7 +461,7 @@ def fab(model, x, y, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, 
         from_x = rest.x + eta * step_x
         rest.x_adv = torch.clamp((1 - alpha) * from_adv + alpha * from_x, 0, 1)
 
-        # What is in the ball but for rounding moves into it, and is judged there
+        # A point that only rounding puts outside the ball is clamped into it and judged there
         near = linf(rest.x_adv - rest.x) < eps + 1e-6
         inside = torch.clamp(rest.x_adv, rest.lower, rest.upper)
         rest.x_adv = torch.where(per_image(near), inside, rest.x_adv)
@@ -600,14 +602,14 @@ def autoattack(model, x, y, eps, index, seed=0, verify=None, attacks=STANDARD, p
     # The clean images: which are right, which classes are next, and whether attacks can see the model
     began = time.perf_counter()
 
-    def climbed(logits):
+    def objective(logits):
         return cross_entropy(logits, y)
 
     logits = exact(x).float()
     check_labels(logits, y)
     report["clean"] = predict(logits)
     robust = report["clean"] == y
-    again, grad = search_gradient(model, x, climbed)
+    again, grad = search_gradient(model, x, objective)
     forwards += 2
     if verify is not None:
         again = verify(x).float()  # two calls of one model: precision is no randomness
@@ -624,13 +626,12 @@ def autoattack(model, x, y, eps, index, seed=0, verify=None, attacks=STANDARD, p
     targeted_loss = targeted_dlr
     if n_classes == 3:
         targeted_loss = targeted_cross_entropy
-    if n_classes < 3:
+        few = "targeted DLR needs 4, the model has 3; apgd-t ran targeted cross-entropy"
+    elif n_classes < 3:
         n_attempts["apgd-t"] = 0
-    if "apgd-t" in attacks and n_classes == 3:
-        warnings.append("few classes: targeted DLR needs 4, the model has 3; apgd-t ran targeted "
-                        "cross-entropy")
-    if "apgd-t" in attacks and n_classes < 3:
-        warnings.append(f"few classes: apgd-t skipped, with {n_classes} it would only repeat apgd-ce")
+        few = f"apgd-t skipped, with {n_classes} it would only repeat apgd-ce"
+    if n_classes <= 3 and "apgd-t" in attacks:
+        warnings.append(f"few classes: {few}")
 
     for name in STANDARD:
         if name not in attacks:
@@ -642,6 +643,7 @@ def autoattack(model, x, y, eps, index, seed=0, verify=None, attacks=STANDARD, p
             if len(rows) == 0:
                 break
 
+            # All attempts are reported as one long search
             def tell(_, step, n_steps, n_undecided):
                 if progress is not None:
                     n_done = attempt * n_steps + step
@@ -659,7 +661,8 @@ def autoattack(model, x, y, eps, index, seed=0, verify=None, attacks=STANDARD, p
                 found = fab(model, x[rows], y[rows], target=target, steps=steps, **common)
             else:
                 found = square(model, x[rows], y[rows], queries=queries, **draws, **common)
-            x_adv[rows], fooled, n_forwards = found
+            x_found, fooled, n_forwards = found
+            x_adv[rows] = x_found
             forwards[rows] += n_forwards
             robust[rows] = ~fooled
             for row in rows[fooled].tolist():

@@ -38,13 +38,13 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from attacks import uniform
 
 BICUBIC = T.InterpolationMode.BICUBIC  # everywhere, as in SAT's code
-AUGMENT = 1  # uniform's counter for crops and flips; the attack's starts have others
+AUGMENT = 1  # first word of uniform's counter; APGD has it too, but never on the training split
 SHAPES_SEED = -1  # of the pictures themselves: no start and no crop may repeat their numbers
 MOST_UNREADABLE = 100  # in a row: the disk is at fault, not a file
 
 
 def key(*words):
-    """A seed for a torch generator from any words: key(seed, epoch), key(seed, epoch, index)."""
+    """63 bits that stand for any words: a generator's seed, as key(seed, epoch, index), or a digest."""
     digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -114,7 +114,7 @@ def reason(error):
     return str(error) or type(error).__name__
 
 
-# The terminal
+# The terminal (here, since this is the first file that has something to say)
 
 def show(text):
     """A line on the terminal that the next one overwrites; nothing where no person looks."""
@@ -191,7 +191,10 @@ def load(name, data_dir=None, train=True, res=32, classes=None, download=False, 
 
 
 class VisibleImages(ImageFolder):
-    """torchvision's ImageFolder, its order and its numbers, without hidden folders and hidden files."""
+    """torchvision's ImageFolder, its order and its numbers, without hidden folders and hidden files.
+
+    Jupyter leaves .ipynb_checkpoints beside the classes, and a Mac ._cat.jpg beside each cat.jpg.
+    """
 
     def __init__(self, root):
         prefix = os.path.join(root, "")
@@ -312,16 +315,18 @@ SHAPES = {"disc": disc, "ring": ring, "square": square, "frame": frame, "triangl
 def draw_shapes(n, res, train):
     """Ten procedural classes -> x (n, 3, res, res) uint8, y (n,) int64; images of a split never change.
 
-    The shape, and its hue a little, is the cue that survives an attack. The grating of 4/255, its pitch
-    told by the class, is the one that does not (cf. Ilyas et al. 2019, arXiv:1905.02175).
+    The shape, and its hue a little, is the cue that survives an attack. A grating of 4/255, whose
+    frequency depends on the class, is the one that does not (cf. Ilyas et al. 2019, arXiv:1905.02175).
     """
     x = torch.empty(n, 3, res, res, dtype=torch.uint8)
     y = torch.arange(n) % len(SHAPES)
+    split = 1 if train else 0
     row = torch.arange(res)[:, None]
     column = torch.arange(res)
     channel = torch.arange(3)[:, None, None, None]
     for index in torch.arange(n).split(max(1, 2**20 // res**2)):  # bounded memory at any resolution
-        draws = uniform(SHAPES_SEED, index, (train, 0), (16,)).T[..., None, None]  # -> (16, N, 1, 1)
+        # Three of the sixteen are unused; fewer would draw other pictures
+        draws = uniform(SHAPES_SEED, index, (split, 0), (16,)).T[..., None, None]  # -> (16, N, 1, 1)
         (left, top, scale, angle, _, slope_a, slope_b, phase_row, phase_column, tone,
          red, green, blue, contrast, _, _) = draws
 
@@ -344,11 +349,11 @@ def draw_shapes(n, res, train):
         tint = 1 + 0.5 * torch.cos(hue - 2 * math.pi / 3 * channel)  # (3, N, 1, 1)
         ground = 0.15 + 0.2 * torch.stack([red, green, blue])
         ground = ground + 0.1 * (a * (slope_a - 0.5) + b * (slope_b - 0.5))
-        pitch = math.pi * (0.5 + 0.5 * share)  # a pixel
-        waves_down = torch.cos(pitch * row + 6.3 * phase_row)
-        grating = waves_down * torch.cos(pitch * column + 6.3 * phase_column)
+        frequency = math.pi * (0.5 + 0.5 * share)  # radians per pixel
+        waves_down = torch.cos(frequency * row + 6.3 * phase_row)
+        grating = waves_down * torch.cos(frequency * column + 6.3 * phase_column)
         image = ground + inside * (0.16 + 0.28 * contrast) * tint + 4 / 255 * grating  # (3, N, res, res)
-        noise = 0.1 * uniform(SHAPES_SEED, index, (train, 1), (3, res, res)) - 0.05
+        noise = 0.1 * uniform(SHAPES_SEED, index, (split, 1), (3, res, res)) - 0.05
         image = image.transpose(0, 1) + noise
         x[index] = (image * 255).round().clamp(0, 255).byte()
         show(f"drawing shapes {index[-1] + 1}/{n}")
@@ -356,7 +361,7 @@ def draw_shapes(n, res, train):
     return x, y
 
 
-# Which images, and batches of them
+# Which images (members: their numbers, sorted), and batches of them
 
 def fixed_order(n):
     """One permutation of 0 .. n-1, the same everywhere: folders come sorted by class."""
@@ -377,10 +382,10 @@ def hold_out(n, limit=None, holdout=0):
 
 
 def epoch_batches(members, epoch, seed, batch_size, world=1):
-    """The epoch's global batches, a list of index tensors of batch_size each, in an order of its own.
+    """The epoch's global batches, a list of index tensors of batch_size each, in the epoch's order.
 
     A short last batch is dropped. Where all are fewer than a batch they are one, cut to a multiple of
-    the processes; one image a process is none, since BatchNorm needs two.
+    the processes. With one image per process there is no batch: BatchNorm needs two.
     """
     shuffle = torch.Generator().manual_seed(key(seed, epoch))
     order = members[torch.randperm(len(members), generator=shuffle)]
@@ -434,10 +439,10 @@ def crop_and_flip(x, u, pad=4):
     """Pad by 4 zeros, crop at random, mirror half: x (N, 3, H, W) and u (N, 3) in [0, 1) -> as x."""
     n, _, h, w = x.shape
     top, left = (u[:, :2] * (2 * pad + 1)).long().T
-    mirrored = u[:, 2:] < 0.5
+    unchanged = u[:, 2:] < 0.5
     row = top[:, None] + torch.arange(h, device=x.device)  # (N, H)
     column = torch.arange(w, device=x.device).expand(n, w)
-    column = torch.where(mirrored, column, w - 1 - column)
+    column = torch.where(unchanged, column, w - 1 - column)
     column = left[:, None] + column  # (N, W)
     image = torch.arange(n, device=x.device)[:, None, None]
     padded = F.pad(x, (pad, pad, pad, pad))
@@ -482,9 +487,9 @@ def read_picture(file):
 
 
 class Files(Dataset):
-    """(epoch, index) -> index, uint8 image or None, label, and [str] what could not be read on the way.
+    """(epoch, index) -> index, uint8 image or None, label, [str] the files that could not be read.
 
-    In training an unreadable image gives way to the next member; evaluation (seed None) has to stop.
+    In training the next member replaces an unreadable image; evaluation (seed None) has to stop.
     """
 
     def __init__(self, images, members, transform, seed=None):
@@ -573,7 +578,7 @@ def from_workers(dataset, requests, collate_fn, workers, pin_memory=False):
     """
     loader = DataLoader(dataset, batch_sampler=requests, num_workers=workers, collate_fn=collate_fn,
                         worker_init_fn=leave_session, pin_memory=pin_memory,
-                        generator=torch.Generator())  # or it would draw from everybody's
+                        generator=torch.Generator())  # or it would advance torch's global one
     batches = iter(loader)
     try:
         for batch in batches:
@@ -583,7 +588,7 @@ def from_workers(dataset, requests, collate_fn, workers, pin_memory=False):
             raise
         raise SystemExit(f"{error}; is there enough memory? Use less than --workers {workers}")
     finally:
-        del batches  # stops the workers; those of an iterator somebody still holds end at exit
+        del batches  # the last reference to the loader's iterator: now its workers stop
 
 
 # Shrink: an image folder again, with smaller pictures
@@ -605,7 +610,7 @@ def smaller(file, short):
     picture = T.Resize(short, LANCZOS)(picture)
     image_format = Image.registered_extensions()[file.suffix.lower()]
     written = io.BytesIO()
-    if image_format in ("JPEG", "WEBP"):
+    if image_format in ("JPEG", "WEBP"):  # the others know no quality; a compressed TIFF refuses it
         picture.save(written, image_format, quality=JPEG_QUALITY)
     else:
         picture.save(written, image_format)
@@ -624,7 +629,10 @@ def write_whole(file, content):
 
 
 class Shrink(Dataset):
-    """A picture's number -> (outcome, detail): ("done", ""), ("unreadable", file) or ("failed", why)."""
+    """A picture's number -> (outcome, detail): ("done", ""), ("unreadable", file) or ("failed", why).
+
+    An exception would come out of a worker as a page of traceback, so outcomes are returned.
+    """
 
     def __init__(self, source, target, paths, short):
         self.source = source
@@ -668,7 +676,7 @@ def claim_folder(source, target, short):
         raise SystemExit(f"{target} overlaps {source}; give a TO beside it, as {source}-{short}")
     if target.exists() and not target.is_dir():
         raise SystemExit(f"{target} is a file; TO is a folder, a new one or an empty one")
-    record = target / ".shrink"
+    record = target / ".shrink"  # hidden, as the temporary files are: no loader takes them for data
     command = f"shrink {source} --short {short}\n"
     if record.exists():
         earlier = record.read_text()
@@ -692,13 +700,14 @@ def shrink(source, target, short, workers):
     paths = list_pictures(source)
     if not paths:
         raise SystemExit(f"no pictures below {source}; FROM is a folder with pictures in class folders")
+
+    # A picture under its final name is finished; the others are read and written by the workers
     remaining = [path for path in paths if not (target / path).exists()]
     n_before = len(paths) - len(remaining)
     if n_before > 0:
         say(f"{n_before} of {len(paths)} pictures are there already")
-
     numbers = torch.arange(len(remaining))
-    requests = [part.tolist() for part in numbers.split(8) if len(part) > 0]
+    requests = [part.tolist() for part in numbers.split(8) if len(part) > 0]  # few: Ctrl-C waits for one
     began = time.monotonic()
     last_line = began
     n_done = 0
@@ -715,11 +724,12 @@ def shrink(source, target, short, workers):
         speed = n_done / (now - began)
         time_left = duration((len(remaining) - n_done) / speed)
         progress = f"{n_before + n_done}/{len(paths)} pictures | {speed:.0f} img/s | {time_left} left"
-        if now - last_line > 60 and not sys.stdout.isatty():
+        if now - last_line > 60 and not sys.stdout.isatty():  # into a file, a line a minute
             say(progress)
             last_line = now
         show(progress)
 
+    # What could not be read is named at the end, where it is seen
     for line in unreadable:
         say(f"skipped {line}")
     n_there = len(paths) - len(unreadable)

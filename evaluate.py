@@ -1,16 +1,16 @@
 """
 Measure clean and robust accuracy, exactly.
 
-After `python train.py ...`, with no other flag:
+After `python train.py ...`; network, weights and data come from the run's folder:
 $ python evaluate.py --steps 200 --eps 4
-The number to quote, and the protocol of SAT (arXiv:2006.14536) on 8 GPUs with any state dict:
+The number to quote, and SAT's protocol (arXiv:2006.14536) on 8 GPUs with any state dict:
 $ python evaluate.py --attack autoattack
 $ torchrun --nproc_per_node=8 evaluate.py --last-iterate --weights FILE --arch resnet50 --act silu
 
 An image counts as robust only if no iterate of any restart fools the model. Its verdict is a function
 of the weights, the attack and the image; rounding aside, no batch size, order or number of processes
 changes it. Verdicts are kept in a ledger under OUT/eval, one JSON line an image: a stopped evaluation
-goes on with the same command, and a finished one answers at once.
+goes on with the same command, and a finished one only reads the images to see that they are the same.
 
 Keys: SAT is the paper; its sections are numbered as there.
 """
@@ -39,7 +39,7 @@ import models
 from attacks import STANDARD, autoattack, masked_gradients, pgd_search
 from data import duration, say, show
 from models import MODELS, attacker_view, build, in_precision, load_weights, weights_hash
-from train import all_ranks, check_ranges, device_name, need, open_device, read_json, write_json
+from train import all_ranks, check_ranges, device_name, flag, need, open_device, read_json, write_json
 
 # What --attack may be, and which of AutoAttack's four searches it runs
 ATTACKS = {"pgd": (), "apgd": STANDARD[:2], "autoattack": STANDARD}
@@ -88,7 +88,7 @@ def check(args):
         for name in PGD_FLAGS:
             value = getattr(args, name)
             need(value is None or value is False,
-                 f"--{name.replace('_', '-')} is PGD's, --attack {args.attack} has its own published "
+                 f"{flag(name)} is PGD's, --attack {args.attack} has its own published "
                  "numbers; drop it")
     need(not args.last_iterate or args.restarts in (None, 1),
          f"--restarts {args.restarts} with --last-iterate: the last iterate is that of one start; use "
@@ -118,10 +118,10 @@ def find_run(args):
     seed, dtype or smooth backward pass. SystemExit where something is missing or damaged.
     """
     folder = Path(args.weights).parent if args.weights else Path(args.out)
-    run_args = None
+    train_args = None
     if (folder / "args.json").exists():
-        run_args = read_json(folder / "args.json")
-        saved = dict(run_args)
+        train_args = read_json(folder / "args.json")
+        saved = dict(train_args)  # a copy: other data clears some of it
     elif args.weights is None:
         raise SystemExit(f"no run in {folder} (no args.json); train one, python train.py --data shapes, "
                          "or give --weights FILE --arch ARCH --act ACT --data DATA")
@@ -141,7 +141,7 @@ def find_run(args):
     run.small_input = saved.get("small_input")
     run.weights = Path(args.weights or folder / "model.pt")
     run.out = Path(args.out)
-    run.args = run_args
+    run.train_args = train_args
     # What neither says is the data set's or the network's own
     source = folder / "args.json"
     need(run.data in data.DATA_SETS, f"{source} has the unknown data {run.data}; use --data with one of "
@@ -152,7 +152,9 @@ def find_run(args):
     if run.bn_eps is None:
         run.bn_eps = 1e-5
     if run.res is None:
-        run.res = data_set.res or (MODELS[run.arch].res if run.arch in MODELS else 224)
+        run.res = data_set.res
+    if run.res is None:
+        run.res = MODELS[run.arch].res if run.arch in MODELS else 224
     kinds = dict(arch=str, act=str, res=int, bn_eps=float, small_input=bool)
     for name, kind in kinds.items():
         value = getattr(run, name)
@@ -200,8 +202,8 @@ def code_digest():
 # of APGD, AutoAttack:   {..., "fooled": "square"}; null where an image is not fooled, here as above
 # beside the verdicts:   {"warning": "reason: sentence"}
 
-def is_verdict(line):
-    """Whether a line of JSON is a verdict, or a warning that goes with some."""
+def is_ledger_line(line):
+    """Whether a JSON value is a verdict or a warning."""
     if not isinstance(line, dict):
         return False
     has_verdict = "fooled" in line or "robust_at" in line
@@ -217,13 +219,13 @@ def read_ledger(folder, name):
     warnings = []
     for path in sorted(folder.glob(f"{name}.*.jsonl")):
         try:
-            *texts, _ = path.read_text().split("\n")  # what is behind the last newline is torn, or empty
+            *texts, _ = path.read_text().split("\n")  # after the last newline: torn, or empty
             lines = [json.loads(text) for text in texts]
         except ValueError:
-            lines = [None]
+            lines = [None]  # refused below
         for line in lines:
-            need(is_verdict(line), f"{path} holds a line that is no verdict; delete the file, or start "
-                 "over with --fresh")
+            need(is_ledger_line(line), f"{path} holds a line that is no verdict; delete the file, or "
+                 "start over with --fresh")
             if "warning" in line:
                 warnings.append(line["warning"])
             else:
@@ -324,12 +326,12 @@ def tally(lines, steps):
             n_robust += robust_at[-1]
         else:
             n_robust += is_correct and line["fooled"] is None
-            n_survived = steps + 1
+            first_fooled = steps + 1  # the first iterate of the first restart that fools; none yet
             if not is_correct:
-                n_survived = 0
+                first_fooled = 0
             elif line["fooled"] is not None and line["fooled"][0] == 0:
-                n_survived = line["fooled"][1]
-            robust_at = [k < n_survived for k in range(steps + 1)]
+                first_fooled = line["fooled"][1]
+            robust_at = [k < first_fooled for k in range(steps + 1)]
         for k, is_robust in enumerate(robust_at):
             robust_after[k] += is_robust
     return {"n": len(lines), "n_correct": n_correct, "n_robust": n_robust, "robust_after": robust_after,
@@ -412,9 +414,11 @@ def main():
     steps = data_set.steps if args.steps is None else args.steps
     step_size = data_set.step_size if args.step_size is None else args.step_size
     restarts = args.restarts or 1
-    batch_size = args.batch_size or (100 if device.type == "cpu" else data_set.eval_batch)
+    batch_size = args.batch_size
+    if batch_size is None:
+        batch_size = 100 if device.type == "cpu" else data_set.eval_batch
 
-    # The images and the network. The search may run in less than float32, which then has the last word
+    # The images and the network. The search may run below float32; float32 then confirms
     show(f"loading {run.data}")
     images = data.load(run.data, run.data_dir, train=False, res=run.res, classes=run.classes,
                        device=device)
@@ -473,7 +477,8 @@ def main():
                 model, x, y, eps=eps / 255, index=index, seed=args.seed, verify=verify,
                 attacks=ATTACKS[args.attack], progress=progress)
             for warning in first_of_each_reason(report["warnings"]):
-                if not warning.startswith("masked gradients"):  # a matter of all images, not of a batch
+                # How many images, and masked gradients, are a matter of all images, not of a batch
+                if not warning.startswith(("masked gradients", "not finite")):
                     ledger.write({"warning": warning})
         for line in verdict_lines(index, y, report):
             ledger.write(line)
@@ -494,7 +499,7 @@ def main():
         dist.all_gather_object(every_rank, ledger.warnings)
         warnings = sum(every_rank, [])
     warnings = first_of_each_reason(warnings)
-    if args.attack == "pgd" and counts["n_nan"] > 0:
+    if counts["n_nan"] > 0:
         warnings.append(f"not finite: {counts['n_nan']} of {counts['n']} clean images have NaN logits; "
                         "NaN counts as wrong")
     warnings += masked_gradients(counts["n"], counts.get("fooled_by", {}))
@@ -515,12 +520,12 @@ def main():
             "device": device_name(device), "commit": None, "torch": None, "train": None}
         if args.attack != "pgd":
             report.update(steps=None, step_size=None, restarts=None)
-        if run.args is not None:  # of the training run
-            report["commit"] = run.args.get("commit")
-            report["torch"] = run.args.get("torch")
+        if run.train_args is not None:  # of the training run
+            report["commit"] = run.train_args.get("commit")
+            report["torch"] = run.train_args.get("torch")
             of_training = ("seed", "epochs", "batch_size", "lr", "eps", "step_size", "steps",
                            "smooth_backward")
-            report["train"] = {key: run.args.get(key) for key in of_training}
+            report["train"] = {key: run.train_args.get(key) for key in of_training}
         write_json(path, report)
         for line in report_lines(report):
             say(line)
@@ -539,7 +544,7 @@ def how_to_go_on():
     Without --fresh, which would start over.
     """
     words = [word for word in sys.argv if word != "--fresh"]
-    world = os.environ.get("WORLD_SIZE")
+    world = os.environ.get("LOCAL_WORLD_SIZE")
     start = "python" if world is None else f"torchrun --nproc_per_node={world}"
     return f"{start} {shlex.join(words)}"
 
@@ -548,5 +553,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        is_first = os.environ.get("RANK", "0") == "0"
-        raise SystemExit(f"\nstopped; go on with: {how_to_go_on()}" if is_first else 1)
+        if os.environ.get("RANK", "0") != "0":
+            raise SystemExit(1)
+        raise SystemExit(f"\nstopped; go on with: {how_to_go_on()}")

@@ -4,8 +4,8 @@ The networks of SAT (arXiv:2006.14536): ResNet, ResNeXt, EfficientNet, any activ
 >>> net = build("resnet50", act="silu")  # images in [0, 1] -> logits; it normalises inside
 >>> view = attacker_view(net)            # what the attack differentiates: same storage, frozen weights
 
-Keys and shapes are torchvision's wherever torchvision has the network: weights travel both ways.
-How a network runs (precision, TF32, subnormal numbers) is here too: whatever can change a verdict.
+Weight names and shapes are torchvision's wherever it has the network: weights travel both ways.
+Numerics (precision, TF32, subnormals) are set here too: they can decide whether an image is robust.
 
 Keys: RN is He et al. 2015 (arXiv:1512.03385), EN is Tan & Le 2019 (arXiv:1905.11946).
 """
@@ -44,7 +44,8 @@ class Normalised(nn.Module):
         return self.classify((x - self.mean) / self.std)
 
 
-# ResNet and ResNeXt
+# ResNet and ResNeXt. act() makes a fresh activation, norm(width) a fresh BatchNorm; groups and
+# group_width are Bottleneck's
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions (RN Fig. 5, left)."""
@@ -110,7 +111,7 @@ class ResNet(Normalised):
                  width=64, groups=1, group_width=64):
         super().__init__()
         if stochastic_depth:
-            raise SystemExit("--stochastic-depth is for EfficientNets, SAT's ResNets have none; drop it")
+            raise SystemExit("--stochastic-depth is for EfficientNets, SAT's ResNets have none; use 0")
         self.conv1 = conv(3, width, 3) if small_input else conv(3, width, 7, 2)
         self.bn1 = norm(width)
         self.act = act()
@@ -250,7 +251,7 @@ class EfficientNet(Normalised):
         return self.classifier(x)  # (N, C) -> (N, K)
 
 
-# The dict of names
+# Every network by name
 
 class Arch(NamedTuple):
     """How to make a network, its native resolution in pixels, and its own dropout rate."""
@@ -272,7 +273,7 @@ MODELS = {
     # for CIFAR-10, RN Sec. 4.2
     "resnet8": resnet(BasicBlock, 1, 1, 1, width=16, res=32),  # 0.08M parameters
     "resnet20": resnet(BasicBlock, 3, 3, 3, width=16, res=32),  # 0.27M
-    # depths
+    # for ImageNet: blocks in each stage, RN Table 1
     "resnet18": resnet(BasicBlock, 2, 2, 2, 2),  # 11.7M
     "resnet34": resnet(BasicBlock, 3, 4, 6, 3),  # 21.8M
     "resnet50": resnet(Bottleneck, 3, 4, 6, 3),  # 25.6M
@@ -315,11 +316,11 @@ def build(arch, act="relu", num_classes=1000, act_alpha=None, smooth_backward=Fa
 def attacker_view(train_net, smooth_backward=False):
     """A second module tree over train_net's storage: eval mode, frozen parameters, its buffers.
 
-    An attack through it computes no weight gradient, also when compiled, and changes no BatchNorm
+    An attack through it computes no weight gradient, even when compiled, and changes no BatchNorm
     statistic, no mode and no DDP state. smooth_backward holds for this view alone: the attacker's half
     of Table 1. Make it after the network is on its device; never move or re-assign either afterwards.
     """
-    # deepcopy takes these for its copies: the tree is new, the tensors are shared
+    # deepcopy's memo: these stand for the copies, so the modules are new and the storage is shared
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in train_net.parameters()}
     shared |= {id(b): b for b in train_net.buffers()}
     view = copy.deepcopy(train_net, shared).eval()
@@ -391,7 +392,7 @@ def load_file(path):
                 raise ValueError(f"{damaged} does not match its checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise SystemExit(f"no file {path}; train first, or say where it is with --out or --weights")
+        raise SystemExit(f"no file {path}; train first, or give the path of a file that exists")
     except Exception as error:  # a dozen kinds, depending on where the damage is
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise SystemExit(f"{path} is damaged or not a file of weights ({reason}); give another file")

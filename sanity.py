@@ -1,7 +1,7 @@
 """
 Doubt a robustness number, compare runs, count what they cost, and draw (SAT, arXiv:2006.14536).
 
-Is this number to be trusted? Every doubt of SAT Sec. 6 and more, a verdict each:
+Can a robustness number be trusted? The doubts of SAT Sec. 6 and more, each with a verdict:
 $ python sanity.py report --out out
 Is an idea better than its baseline? Runs of several seeds, in pairs:
 $ python sanity.py compare out/silu-0 out/silu-1 out/silu-2 --against out/relu-0 out/relu-1 out/relu-2
@@ -16,8 +16,7 @@ $ python sanity.py curves out/relu out/silu  # runs over their epochs
 $ python sanity.py scatter out/*/eval/*.json  # clean and robust accuracy of many nets, Figs. 3 and 4
 $ python sanity.py forest silu.json elu.json  # what several `compare --json` have found
 
-`report` exits with 0 if no doubt FAILs and there is evidence enough, with 1 on a FAIL, with 2 if a doubt
-is UNSURE: more images are needed.
+`report` exits with 1 if a doubt FAILs, else with 2 if one is UNSURE (use more images), else with 0.
 
 Keys: SAT is the paper, its sections and figures numbered as there. CA is Carlini et al. 2019
 (arXiv:1902.06705), whose advice SAT Sec. 6 follows.
@@ -46,7 +45,7 @@ from attacks import (autoattack, cross_entropy, input_gradient, pgd, pgd_search,
 from data import duration, say, show
 from evaluate import make_folder, wilson
 from models import attacker_view, in_precision, precision, weights_hash
-from train import check_ranges, clock, device_name, need, open_device
+from train import check_ranges, clock, device_name, need, open_device, write_json
 
 # A trained net and its images
 
@@ -77,8 +76,8 @@ def pgd_from(net, index, x, y, eps, step_size, steps):
 def open_run(args, limit):
     """The run that evaluate.py's flags name: its net, its first test images, the attack's numbers.
 
-    -> what evaluate.find_run finds, and net, digest, device, images; index, x, y of `--limit` or else
-    `limit` images; eps and step_size in 1/255, steps; out, the folder of the weights.
+    -> evaluate.find_run's namespace, with net, digest, device, images; the first --limit (default:
+    `limit`) test images as index, x, y; eps and step_size in 1/255; steps; out, the weights' folder.
     """
     run = evaluate.find_run(args)
     run.device, _, _ = open_device(args.device)
@@ -106,26 +105,22 @@ def other_net(path, run):
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     flags = SimpleNamespace(out=folder, weights=None if path.is_dir() else path)
+    has_args = (folder / "args.json").exists()
     for name in ("data", "data_dir", "arch", "act", "act_alpha", "bn_eps", "res"):
-        # Nothing says what a file without an args.json holds, so it is taken for a net like `run`'s
-        like_run = None if (folder / "args.json").exists() else getattr(run, name)
-        setattr(flags, name, like_run)
+        # Without args.json the file is taken for a network like run's
+        setattr(flags, name, None if has_args else getattr(run, name))
     other = evaluate.find_run(flags)
-    need(other.data == run.data, f"{path} was trained on {other.data}, {run.weights} on {run.data}; "
-         "give a net of the same data")
+    need(other.data == run.data and other.classes in (None, run.images.classes),
+         f"{path} was trained on other data or classes than {run.weights}; give a net of the same data")
     net = evaluate.open_net(other, len(run.images.classes), run.device)
     return net, f"{other.arch} {other.act}"
 
 
 def make_place(path):
-    """Refuse before the work what cannot be written after it."""
+    """Make the folder of --json now, so that a wrong path fails before the work."""
     if path is not None:
         need(not Path(path).is_dir(), f"{path} is a folder; name a file in it")
         make_folder(Path(path).parent)
-
-
-def write_json(path, content):
-    Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
 # Verdicts. A doubt is about a share of images, and before a verdict is given the whole 95% interval of
@@ -211,11 +206,11 @@ def search(what, net, index, x, y, eps, step_size, steps, restarts=1, seed=0):
             show(f"{what}: {number * BATCH} of {len(x)} images, step {step} of {n_steps} | "
                  f"{duration(time.monotonic() - began)}")
 
-        x_adv, verdicts = pgd_search(
+        x_adv, report = pgd_search(
             net, x_part, y_part, eps=eps / 255, step_size=step_size / 255, steps=steps, index=index_part,
             restarts=restarts, seed=seed, progress=progress)
-        right = verdicts["clean"] == y_part
-        pieces.append((x_adv, right, verdicts["robust"], verdicts["step"]))
+        right = report["clean"] == y_part
+        pieces.append((x_adv, right, report["robust"], report["step"]))
     columns = [torch.cat(column) for column in zip(*pieces)]
     return Found(*columns)
 
@@ -283,7 +278,7 @@ def doubts_about_iterations(run, found):
 
 
 def doubts_about_the_radius(run, found):
-    """Does a larger eps do more (SAT Sec. 6), and in the end all?"""
+    """Is nothing robust at a huge eps (SAT Sec. 6)? The curve over all radii is a note."""
     right = found.right
     shares = []
     for eps in RADII:
@@ -304,12 +299,13 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
     x = run.x[robust]
     y = run.y[robust]
     nobody = "no image withstands PGD"
+    nothing = robust[:0]  # no row: the verdict is SKIP
 
     def of_all(hit):
         """Of the robust images -> of all, (N,) bool; without a row where no image is robust."""
         everywhere = torch.zeros_like(robust)
         everywhere[robust] = hit
-        return everywhere if robust.any() else robust[:0]
+        return everywhere if robust.any() else nothing
 
     again = search("4 restarts", net, index, x, y, eps=run.eps, step_size=run.step_size, steps=20,
                    restarts=4, seed=1)
@@ -322,10 +318,10 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
         def progress(name, step, n_steps, n_undecided):
             show(f"{name}: {len(fooled_by)} of {len(x)} images, step {step} of {n_steps}")
 
-        _, verdicts = autoattack(
+        _, report = autoattack(
             net, x_part, y_part, eps=run.eps / 255, index=index_part, attacks=("apgd-ce", "square"),
             queries=1000, progress=progress)
-        fooled_by += verdicts["fooled_by"]
+        fooled_by += report["fooled_by"]
     by_apgd = torch.tensor([name == "apgd-ce" for name in fooled_by], dtype=torch.bool, device=y.device)
     by_square = torch.tensor([name == "square" for name in fooled_by], dtype=torch.bool, device=y.device)
     yield at_most("robust, but not to APGD", of_all(by_apgd), warn=0.05, fail=0.15,
@@ -333,7 +329,7 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
     yield at_most("robust to both, not to Square", of_all(by_square), warn=0.03, fail=0.1,
                   why="no gradient beats gradients: masked", skip=nobody)
 
-    moved = robust[:0]
+    moved = nothing
     if surrogate is not None:
         x_adv = pgd_from(surrogate, index, x, y, eps=run.eps, step_size=run.step_size, steps=50)
         moved = of_all(predict(logits_of(net, x_adv)) != y)
@@ -352,7 +348,7 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
     yield at_least("loss rises all the way to x_adv", rises, warn=0.75, fail=0.5,
                    why="else a slope leads nowhere", skip="no image is right")
 
-    stands = robust[:0]
+    stands = nothing
     if normal is not None:
         weak = search("normal net", normal, run.index, run.x, run.y, eps=run.eps,
                       step_size=run.step_size, steps=50)
@@ -399,16 +395,16 @@ def report(args):
     say(f"{run.weights}: {run.arch} {run.act}, {len(run.y)} images of {run.data}, eps {run.eps:g}, "
         f"step {run.step_size:g}")
     say(f"{'verdict':<7} {'doubt':<32} {'measured':<15} {'wanted':<15} why it matters")
-    found = {}
-    for verdict in all_doubts(run, surrogate, normal):
-        found[verdict["what"]] = verdict
-        for line in doubt_lines(verdict, len(run.y), run.images.n):
+    rows = {}
+    for row in all_doubts(run, surrogate, normal):
+        rows[row["what"]] = row
+        for line in doubt_lines(row, len(run.y), run.images.n):
             say(line)
-    verdicts = [verdict["verdict"] for verdict in found.values()]
+    verdicts = [row["verdict"] for row in rows.values()]
     counts = [f"{verdicts.count(name)} {name}" for name in ("PASS", "WARN", "FAIL", "UNSURE", "SKIP")]
     say(f"{', '.join(counts)}; {duration(time.monotonic() - began)}")
     if args.json:
-        write_json(args.json, {**found, "hash": run.digest, "n": len(run.y), "eps": run.eps})
+        write_json(Path(args.json), {**rows, "hash": run.digest, "n": len(run.y), "eps": run.eps})
     if "FAIL" in verdicts:
         raise SystemExit(1)
     if "UNSURE" in verdicts:
@@ -417,11 +413,11 @@ def report(args):
 
 # An idea against its baseline, in pairs
 
-# What makes two evaluations one measurement
+# Two evaluations are comparable if these agree
 SETTING = ("attack", "eps", "step_size", "steps", "restarts", "last_iterate", "seed", "smooth_backward",
            "dtype")
 Z = 1.959964  # 97.5% of a normal distribution lie below
-MOST_SEEDS = 1000  # nobody trains more
+MOST_SEEDS = 1000  # where the search for enough seeds ends
 
 
 @cache
@@ -453,11 +449,11 @@ def interval_of_two_nets(new, old):
 
 
 class Spread(NamedTuple):
-    """How far a mean difference over seeds and images is from the true one, as variances."""
+    """What makes a mean difference uncertain, as variances."""
 
     n_seeds: int
-    of_a_seed: float  # of one seed's mean over these images
-    of_images: float  # of what these images have in common over all seeds
+    of_a_seed: float  # between the seeds' means over these images
+    of_images: float  # of the mean over images, common to all seeds
 
 
 def spread_of(difference):
@@ -465,9 +461,9 @@ def spread_of(difference):
 
     That of seed s on image i is delta + seed_s + image_i + rest_si, so the mean over all varies by
         (var seed + var rest / N) / S + var image / N.
-    The bracket is the variance of the seeds' means. Beside it only var image may stand: the variance of
-    the images' means, var image + var rest / S, would count the rest a second time. The mean squares of
-    the two-way table tell them apart (Searle, Casella & McCulloch 1992, Variance Components).
+    The bracket is the variance between the seeds' means. The variance between the images' means is
+    var image + var rest / S; only its first term is added, or the rest would count twice. The mean
+    squares of the two-way table tell them apart (Searle, Casella & McCulloch 1992).
     """
     n_seeds, n_images = difference.shape
     mean = difference.mean()
@@ -525,7 +521,7 @@ def compare_verdicts(new, old):
     elif high < 0:
         verdict = "lower"
     advice = ""
-    if verdict == "undecided" and n_seeds >= 3:
+    if verdict == "undecided" and n_seeds >= 3:  # from two, the spread itself is a guess
         n_needed = n_seeds_to_decide(difference, spread)
         advice = f"; about {n_needed} seeds would decide"
         if n_needed is None:
@@ -535,7 +531,7 @@ def compare_verdicts(new, old):
                 only_old=(old & ~new).sum() / n_seeds, n=n_images, verdict=verdict + advice)
 
 
-# Its input: runs, their reports and ledgers
+# What compare reads: runs, their reports and ledgers
 
 def read_run(folder):
     """A run's folder -> namespace: folder, args, and its newest report of every setting, reports."""
@@ -727,8 +723,8 @@ def compare(args):
         rows += compare_setting(pairs, setting)
     training = compare_training(pairs)
 
-    for title, side in zip(("new", "old"), zip(*pairs)):
-        say(f"{title}: {', '.join(str(run.folder) for run in side)}")
+    say("new: " + ", ".join(str(run.folder) for run, _ in pairs))
+    say("old: " + ", ".join(str(run.folder) for _, run in pairs))
     for text in flags_that_differ(pairs):
         say(f"{text}  (new | old)")
     seeds = [run.args.get("seed") for run, _ in pairs]
@@ -754,7 +750,7 @@ def compare(args):
         say(f"  {row['what']:<23}{row['new']:7.3f}{row['old']:7.3f}{row['difference']:+11.3f}")
 
     if args.json:
-        write_json(args.json, dict(new=args.new, old=args.against, seeds=seeds, about=about,
+        write_json(Path(args.json), dict(new=args.new, old=args.against, seeds=seeds, about=about,
                                    comparisons=rows, training=training))
     if args.png:
         bars = []
@@ -873,7 +869,6 @@ def cost(args):
                 rounds[kind].append(step_cost)
     medians = {kind: StepCost(*np.median(costs, axis=0)) for kind, costs in rounds.items()}
 
-    # FLOPs of a step of the attack: one forward and one backward to the image, 2; of the update: 3
     say(f"{flags.arch}, {flags.res} px, {n} images, {flags.dtype}, {device_name(device)}")
     on_gpu = device.type == "cuda"
     say("act         PGD  compiled  ms/step  img/s  attack  PGD-0: 1  (FLOPs)  ReLU: 1"
@@ -884,7 +879,7 @@ def cost(args):
         line = (f"{kind.act:<11}{kind.steps:4}{'yes' if kind.compiled else 'no':>10}"
                 f"{1e3 * median.seconds:9.1f}{n / median.seconds:7.0f}"
                 f"{median.attack_seconds / median.seconds:8.0%}{to_plain:>10}"
-                f"{(2 * kind.steps + 3) / 3:9.2f}{to_relu:>9}")
+                f"{passes_of(kind.steps) / passes_of(0):9.2f}{to_relu:>9}")
         if on_gpu:
             line += f"{median.peak_bytes / 2**20:10.0f}"
         say(line)
@@ -893,8 +888,14 @@ def cost(args):
     except SystemExit as reason:
         say(f"loader: {reason}")
         return
-    share = n / speed / median.seconds
+    last = list(medians.values())[-1]
+    share = n / speed / last.seconds
     say(f"loader: {speed:.0f} img/s on one core, {share:.1%} of the last row's step")
+
+
+def passes_of(steps):
+    """The cost of a training step in forwards: 2 for a step of the attack, 3 for the update."""
+    return 2 * steps + 3
 
 
 def ratio(median, reference):
@@ -918,7 +919,7 @@ class Size(NamedTuple):
 
 
 def size_of(flags, n_classes, res):
-    """The Size of train.py's network at res pixels, without a number being computed."""
+    """The Size of train.py's network at res pixels, on the meta device: nothing is computed."""
     kept = {}
 
     def keep(tensor):
@@ -965,12 +966,12 @@ def time_a_gpu(trainer, n_classes, n, res):
 
 
 def time_a_cpu(trainer, n_classes, size, passes):
-    """The same from a small step, scaled by FLOPs: the largest of a few that seconds are enough for."""
+    """Time the largest step that takes seconds, scale by FLOPs -> images a second, what was timed."""
     full_res = trainer.flags.res
     speed = None  # FLOPs a second
     for n, shrink in ((2, 8), (2, 4), (2, 2), (2, 1), (8, 1), (32, 1)):
         res = full_res // shrink
-        if res < 32:
+        if res < min(32, full_res):
             continue
         n_flops = passes * n * size_of(trainer.flags, n_classes, res).flops
         if speed is not None and n_flops / speed > 5:
@@ -1003,9 +1004,8 @@ def plan(args):
     n_steps = len(members) // batch_size  # a short last batch is dropped
     n_seen = flags.epochs * n_steps * batch_size
 
-    # Forward counted; backward to the image costs one forward more, backward to the weights too two more
     size = size_of(flags, n_classes, flags.res)
-    passes = 2 * flags.steps + 3
+    passes = passes_of(flags.steps)
     n_held = max(1, flags.batch_size // (args.processes * flags.accum))  # images in a device's memory
     trainer = make_trainer(flags, n_classes, flags.compile, device)
     if device.type == "cuda":
@@ -1015,7 +1015,7 @@ def plan(args):
         speed, timed = time_a_cpu(trainer, n_classes, size, passes)
     hours = n_seen / speed / 3600
 
-    copies = 4 if flags.ema else 3  # weights, gradients, momentum, and their average
+    copies = 4 if flags.ema else 3  # weights, gradients, momentum; with --ema the average
     weight_bytes = copies * 4 * size.n_parameters
     kept_bytes = size.kept_bytes
     if flags.dtype in ("bf16", "fp16"):
@@ -1059,8 +1059,7 @@ VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231,
 
 
 def check_picture(args):
-    """Refuse a --scale or a --png that cannot be drawn, before the work."""
-    need(0.5 <= args.scale <= 4, f"--scale {args.scale:g} is no size; use 0.5 to 4, 2 for fine screens")
+    """Refuse a --png that cannot be drawn, before the work."""
     if args.png is not None:
         need(Path(args.png).suffix == ".png", f"--png {args.png} is no PNG's name; let it end in .png")
         need(not Path(args.png).is_dir(), f"--png {args.png} is a folder; give the name of a file in it")
@@ -1194,7 +1193,7 @@ def span(values, least=-math.inf, most=math.inf):
 
 
 def ticks(low, high, most):
-    """Round numbers from low to high, about `most`: multiples of 1, 2 or 5 times a power of ten."""
+    """Round numbers from low to high, about `most` at most: multiples of 1, 2 or 5 times 10^k."""
     smallest = (high - low) / most  # the smallest step that gives no more
     power = 10.0 ** math.floor(math.log10(smallest))
     step = 10 * power
@@ -1210,11 +1209,10 @@ def axis(fig, start, end, low, high, label, away):
     """A line from start to end that counts from low to high; `away`: a unit vector, off the data."""
     across, down = away
     upright = down == 0
-    if across == 0:
-        anchor = "ma"
-    else:
-        anchor = "r" if across < 0 else "l"
-        anchor += "m" if upright else "a"
+    side = "m"
+    if across != 0:
+        side = "r" if across < 0 else "l"
+    anchor = side + ("m" if upright else "a")
 
     def beside(point, distance):
         x, y = point
@@ -1358,7 +1356,7 @@ def act_seconds(act, x):
     start = clock(x.device)
     y = act(x)
     middle = clock(x.device)
-    torch.autograd.grad(y, [x, *act.parameters()], x)
+    torch.autograd.grad(y, [x, *act.parameters()], x)  # x stands in for the gradient from above
     return middle - start, clock(x.device) - middle
 
 
@@ -1376,7 +1374,8 @@ def print_costs():
             seconds[name].append(act_seconds(act, x))
     medians = {name: np.median(rounds[2:], axis=0) for name, rounds in seconds.items()}
 
-    say(f"{f'on {device}':<11}class  jump of f'(0)  largest f''  saved bytes  fwd/ReLU  bwd/ReLU")
+    where = f"on {device}"
+    say(f"{where:<11}class  jump of f'(0)  largest f''  saved bytes  fwd/ReLU  bwd/ReLU")
     for name in acts:
         kind, jump, largest = smoothness(make_act(name))
         forward, backward = medians[name] / medians["relu"]
@@ -1700,7 +1699,7 @@ def forest(args):
         need(has_rows, f"{path} has no comparisons; give {wanted}")
         for comparison in found["comparisons"]:
             measure = f"{comparison['what']}, {comparison['setting']}"
-            if args.only in measure:
+            if measure.startswith(args.only):
                 measures.append(measure)
                 name = comparison.get("name", Path(path).stem)
                 rows.append(dict(name=name, difference=comparison["difference"], low=comparison["low"],
@@ -1708,7 +1707,7 @@ def forest(args):
     need(rows, f"no comparison is named like --only {args.only!r}; leave it out for robust accuracy")
     different = list(dict.fromkeys(measures))
     need(len(different) == 1, f"one picture shows one measurement, here are {len(different)}: "
-         f"{'; '.join(different)}; choose with --only, a part of a name")
+         f"{'; '.join(different)}; choose with --only, the start of a name")
     for row in rows:
         if args.paper and row["reference"] is None:
             say(f"{args.paper} has no {row['name']!r}: drawn without the paper's value")
@@ -1815,13 +1814,13 @@ def surfaces(net, name, run, n):
     reach = 2 * run.eps / 255
     x_adv = pgd_from(net, run.index, run.x, run.y, run.eps, run.step_size, steps=20)
     delta = x_adv - run.x
-    found = []
-    rows = [tensor.split(1) for tensor in (run.index, run.x, run.y, delta)]
-    for index, x, y, delta in zip(*rows):
-        show(f"the loss of {name} around image {len(found) + 1} of {len(run.y)}")
-        attack, random = directions(delta, index)
-        found.append(loss_surface(net, x, y, attack, random, reach, n))
-    return found
+    around = []
+    for i in range(len(run.y)):
+        show(f"the loss of {name} around image {i + 1} of {len(run.y)}")
+        row = slice(i, i + 1)
+        attack, random = directions(delta[row], run.index[row])
+        around.append(loss_surface(net, run.x[row], run.y[row], attack, random, reach, n))
+    return around
 
 
 def landscape(args):
@@ -1839,9 +1838,11 @@ def landscape(args):
         rough = [roughness(surface) for surface in around]
         shown.append(around[0])
         titles.append((name, f"roughness {rough[0]:.2g}"))
-        half = 1.96 * np.std(rough) / math.sqrt(len(rough))
-        say(f"{name}: roughness {rough[0]:.2g}; over {len(rough)} images {np.mean(rough):.2g} "
-            f"+- {half:.1g}")
+        spread = ""
+        if len(rough) > 1:
+            half = student_t(len(rough) - 1) * np.std(rough, ddof=1) / math.sqrt(len(rough))
+            spread = f" +- {half:.1g}"
+        say(f"{name}: roughness {rough[0]:.2g}; over {len(rough)} images {np.mean(rough):.2g}{spread}")
 
     low = np.min(shown)
     high = max(np.max(shown), low + 1e-6)  # a loss that is the same everywhere has an axis too
@@ -1938,7 +1939,7 @@ def add_evaluation_flags(p):
     p.add_argument("--eps", type=float, help="L-inf radius in 1/255; default: imagenet 4, else 8")
     p.add_argument("--step-size", type=float, help="of PGD, in 1/255; default: imagenet 1, else 2")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    p.set_defaults(steps=None)
+    p.set_defaults(steps=None)  # open_run reads it; only gallery has the flag
 
 
 def add_picture_flags(p, where):
@@ -2004,7 +2005,7 @@ def get_args(argv=None):
     c = add_command(forest, "what several `compare --json` have found, a row each")
     c.add_argument("files", nargs="+", help="what compare --json wrote")
     c.add_argument("--paper", help='a JSON file with the paper\'s differences: {"silu": 9.3}')
-    c.add_argument("--only", default="robust", help="which measurement, a part of its name")
+    c.add_argument("--only", default="robust", help="start of the measurement's name, as 'robust (last'")
     add_picture_flags(c, "out/forest.png")
 
     args, rest = p.parse_known_args(argv)

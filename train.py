@@ -78,7 +78,7 @@ RANGES = {
     "clean_start": (0, 1),
     # how
     "val_every": (1, 10**6), "log_every": (1, 10**6), "workers": (0, 1000), "seed": (0, 2**63 - 1),
-    "rounds": (1, 10**6), "scale": (0.1, 20),
+    "rounds": (1, 10**6), "scale": (0.5, 4),
 }
 
 RUN_FILES = ("args.json", "log.txt", "log.jsonl", "model.pt", "best.pt", "last.pt", "last.prev.pt")
@@ -114,7 +114,7 @@ def get_args(argv=None):
                    choices=["none", "attacker", "optimizer", "both"])
     p.add_argument("--dropout", type=float, help="rate; default: 0, with --enhanced the network's own")
     p.add_argument("--stochastic-depth", type=float, default=0.0, help="an EfficientNet's last rate")
-    p.add_argument("--bn-eps", type=float, default=1e-5, help="torchvision's b5 to b7 have 1e-3")
+    p.add_argument("--bn-eps", type=float, default=1e-5, help="of BatchNorm; torchvision's b5: 1e-3")
     p.add_argument("--res", type=int, help="pixels; default: the network's own, cifar10 and shapes 32")
     # optimization
     p.add_argument("--enhanced", action="store_true", help="Sec. 5.2: dropout, " + ", ".join(ENHANCED))
@@ -122,10 +122,10 @@ def get_args(argv=None):
     p.add_argument("--batch-size", type=int, help="images of one update, over all processes")
     p.add_argument("--accum", type=int, default=1, help="parts a batch is split into, to save memory")
     p.add_argument("--lr", type=float, help="peak; default: imagenet 0.1 for each 256 of the batch")
-    p.add_argument("--schedule", choices=["step", "onecycle"], help="x0.1 at 30, 60, 90%%; a line to 0")
-    p.add_argument("--warmup-epochs", type=float, help="default: step 5%%, at most 5; onecycle 40%%")
+    p.add_argument("--schedule", choices=["step", "onecycle"], help="x0.1 at 30, 60, 90%%; linear to 0")
+    p.add_argument("--warmup-epochs", type=float, help="default: 5%%, at most 5; onecycle 40%%")
     p.add_argument("--wd", type=float, help="weight decay of convolution and linear weights")
-    p.add_argument("--nesterov", **switch, help="momentum (the released code has it)")
+    p.add_argument("--nesterov", **switch, help="momentum, as the released code has")
     p.add_argument("--label-smoothing", type=float, default=0.0, help="released code: 0.1")
     p.add_argument("--autoaugment", **switch, help="torchvision's AutoAugment")
     p.add_argument("--ema", **switch, help="average the weights; validate and keep the average")
@@ -191,12 +191,12 @@ def check_ranges(args):
 def check(args, world):
     """SystemExit for flags that argparse cannot judge alone."""
     check_ranges(args)
-    parts = world * args.accum
-    fewer = max(1, args.batch_size // parts) * parts
+    n_parts = world * args.accum
+    fewer = max(1, args.batch_size // n_parts) * n_parts
     need(args.out.strip(), "--out is empty; name a folder, such as --out out")
-    need(args.batch_size % parts == 0,
+    need(args.batch_size % n_parts == 0,
          f"--batch-size {args.batch_size} does not split over {world} processes x --accum {args.accum}; "
-         f"use {fewer} or {fewer + parts}")
+         f"use {fewer} or {fewer + n_parts}")
     need(args.steps == 0 or args.step_size > 0,
          f"--step-size {args.step_size:g} is no attack; use --step-size {args.eps or 4:g}, or --steps 0 "
          "for normal training")
@@ -204,8 +204,11 @@ def check(args, world):
          f"--smooth-backward is for ReLU, {args.act} has its own gradient; use --act relu")
     need(not args.early_stop or args.holdout > 0,
          "--early-stop needs held-out images; use --holdout 1000, or --no-early-stop")
-    need(args.device.startswith("cuda") or not args.compile or args.dtype != "bf16"
-         or torch.cuda.is_available(),
+    need(not args.early_stop or args.steps > 0,
+         "--early-stop keeps the most robust weights and --steps 0 trains no robustness; add "
+         "--no-early-stop")
+    on_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    need(on_gpu or not args.compile or args.dtype != "bf16",
          "--compile with --dtype bf16 gave NaN gradients on a CPU; use --dtype fp32 or --no-compile")
 
 
@@ -286,7 +289,7 @@ class Log:
             out.mkdir(parents=True, exist_ok=True)
             self.text = open(out / "log.txt", "a", buffering=1)
             self.json = open(out / "log.jsonl", "a", buffering=1)
-            fcntl.lockf(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, unlike flock
+            fcntl.lockf(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers would keep a flock
         except BlockingIOError:
             raise SystemExit(f"another run writes into {out}; wait for it, or choose another --out")
         except OSError as error:
@@ -419,7 +422,7 @@ def network(args, num_classes):
 def parameter_groups(net, wd):
     """Decay for convolution and linear weights; none for norms, biases and SmoothReLU's alpha.
 
-    As the released code, whose l2 term is half of wd times the squared weights: torch's own wd.
+    The released code adds wd / 2 |w|^2 to the loss, which is what torch's weight_decay does.
     """
     decayed = []
     for module in net.modules():
@@ -526,7 +529,7 @@ def name_unreadable(images, named, log, group):
         for reason in reasons:
             if reason not in named:
                 named.add(reason)
-                log(f"cannot read {reason}; its neighbour stands in ({len(named)} such files)")
+                log(f"cannot read {reason}; the next image is used instead ({len(named)} such files)")
     images.unreadable.clear()
 
 
@@ -547,8 +550,9 @@ def main():
     n_steps = len(data.epoch_batches(members, 0, args.seed, args.batch_size, world))
     need(n_steps > 0, f"{len(members)} training images make no batch for {world} processes; use more "
          "images or fewer processes")
+    n_available = min(images.n, args.limit or images.n)
     need(len(held_out) > 0 or not args.early_stop,
-         f"--early-stop needs held-out images, and a tenth of {images.n} is none; use more images")
+         f"--early-stop needs held-out images, and a tenth of {n_available} is none; use more images")
     workers = data.loader_workers(args.workers, images, world)
 
     # The network. The seed alone decides its first weights, whatever the activation
@@ -595,8 +599,8 @@ def main():
         write_json(out / "args.json", {**vars(args), **facts})
 
     # Two views over one storage, the attacker's and the optimizer's; from here on nothing may move it.
-    # The attack touches neither DDP nor train mode, and as its view is frozen, a compiled backward pass
-    # computes no weight gradient either: 2 forwards' worth of work an attack step instead of 3
+    # The attacker's is in eval mode, outside DDP, and frozen: even compiled, its backward pass computes
+    # no weight gradient, and an attack step costs 2 forwards instead of 3
     view = attacker_view(net, smooth_backward=args.smooth_backward in ("attacker", "both"))
     attack_model = view
     train_model = net.train()
@@ -604,7 +608,7 @@ def main():
         attack_model = torch.compile(view, dynamic=False)
         train_model = torch.compile(net, dynamic=False)
     attack_model = in_precision(attack_model, args.dtype, device)
-    if world > 1:  # buffers are averaged by ourselves, after each step
+    if world > 1:  # average_batchnorm_statistics sees to the buffers
         device_ids = [device] if device.type == "cuda" else None
         train_model = DistributedDataParallel(train_model, device_ids=device_ids,
                                               broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -612,7 +616,7 @@ def main():
     kept_net = ema if args.ema else net  # the weights that are validated and kept
     val_model = in_precision(attacker_view(kept_net), args.dtype, device)
 
-    # Optimizer and scaler (which does nothing but in float16)
+    # Optimizer and scaler (which does nothing except in float16)
     optimizer = torch.optim.SGD(parameter_groups(net, args.wd), args.lr, momentum=0.9,
                                 nesterov=args.nesterov, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
@@ -646,7 +650,7 @@ def main():
         if rank == 0:  # the sums of all ranks, so one of them takes them
             sums += torch.tensor(state["sums"], dtype=torch.float64, device=device)
     assert shares_storage(net, view), "the two views must share their storage"
-    gloo = None  # for what the ranks agree on
+    gloo = None  # a group on the CPU, for votes and checks
     if world > 1:
         gloo = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
         places = [None] * world
@@ -658,11 +662,12 @@ def main():
     def refuse_not_finite(total):
         """SystemExit if a loss of this epoch, or a weight, is not finite."""
         weights_finite = torch.stack([t.isfinite().all() for t in net.state_dict().values()]).all()
-        if total[3] == 0 and weights_finite:
+        _, _, n_seen, n_not_finite = total.tolist()
+        if n_not_finite == 0 and weights_finite:
             return
         sentence = (f"loss or weights are not finite at epoch {epoch + 1}, step {step} (lr {lr:.3g}); "
                     f"last good checkpoint: {out / 'last.pt'}")
-        if total[3] < total[2]:  # some of the epoch's losses were finite, so updates spoiled the weights
+        if n_not_finite < n_seen:  # some losses of this epoch were finite: updates spoiled the weights
             sentence += "; try a smaller --lr"
         raise SystemExit(sentence)
 
@@ -722,17 +727,17 @@ def main():
                 group["lr"] = lr
             x_parts = x.chunk(args.accum)
             y_parts = y.chunk(args.accum)
-            for part, (x_part, y_part) in enumerate(zip(x_parts, y_parts)):
+            for number, (x_part, y_part) in enumerate(zip(x_parts, y_parts)):
                 x_adv = attack(args, attack_model, x_part, y_part)
                 if world > 1:  # gradients are summed over the ranks once, with the last part
-                    train_model.require_backward_grad_sync = part + 1 == len(x_parts)
+                    train_model.require_backward_grad_sync = number + 1 == len(x_parts)
                 with precision(args.dtype, device):
                     logits = train_model(x_adv)
                 logits = logits.float()
                 loss = F.cross_entropy(logits, y_part, label_smoothing=args.label_smoothing)
                 scaler.scale(loss * len(x_part) / len(x)).backward()
                 sums += batch_sums(logits, y_part)
-            scale_before = scaler.get_scale()  # 1 but in float16
+            scale_before = scaler.get_scale()  # always 1 except in float16
             scaler.step(optimizer)
             scaler.update()
             if scaler.get_scale() < scale_before:
@@ -796,14 +801,14 @@ def main():
                     raise SystemExit(75)  # torchrun's own code is 1
 
         # The epoch is over and saved. A kill from here on costs the validation, which --resume repeats
-        total = all_ranks(sums)
-        loss = float(total[0] / total[2])
-        error = float(total[1] / total[2])
+        loss_sum, n_errors, n_seen, _ = all_ranks(sums).tolist()
+        epoch_loss = loss_sum / n_seen
+        epoch_error = n_errors / n_seen
         skipped = f" | {n_skipped} steps skipped" if n_skipped else ""
         name = f"epoch {epoch + 1:3d}/{args.epochs}"
-        log(f"{name} | train loss {loss:.4f} | train error {100 * error:.2f}% | "
+        log(f"{name} | train loss {epoch_loss:.4f} | train error {100 * epoch_error:.2f}% | "
             f"{duration(time.monotonic() - epoch_began)}{skipped}",
-            kind="epoch", epoch=epoch + 1, loss=loss, error=error, skipped=n_skipped)
+            kind="epoch", epoch=epoch + 1, loss=epoch_loss, error=epoch_error, skipped=n_skipped)
         # The held-out images decide which weights are the best, and whether robustness has collapsed
         is_best = False
         if len(held_out) and ((epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs):
