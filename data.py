@@ -18,6 +18,7 @@ import hashlib
 import io
 import math
 import os
+import signal
 import sys
 import time
 import zlib
@@ -25,6 +26,9 @@ from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable
+
+if __name__ == "__main__":  # importing torch takes seconds; a Ctrl-C meanwhile prints no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -763,4 +767,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

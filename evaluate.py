@@ -23,11 +23,15 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+
+if __name__ == "__main__":  # importing torch takes seconds; a Ctrl-C meanwhile prints no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.distributed as dist
@@ -144,8 +148,8 @@ def find_run(args):
     run.train_args = train_args
     # What neither says is the data set's or the network's own
     source = folder / "args.json"
-    need(run.data in data.DATA_SETS, f"{source} has the unknown data {run.data}; use --data with one of "
-         f"{', '.join(data.DATA_SETS)}")
+    need(str(run.data) in data.DATA_SETS, f"{source} has the unknown data {run.data}; use --data with "
+         f"one of {', '.join(data.DATA_SETS)}")
     data_set = data.DATA_SETS[run.data]
     if run.small_input is None:
         run.small_input = data_set.small_input
@@ -155,7 +159,8 @@ def find_run(args):
         run.res = data_set.res
     if run.res is None:
         run.res = MODELS[run.arch].res if run.arch in MODELS else 224
-    kinds = dict(arch=str, act=str, res=int, bn_eps=float, small_input=bool)
+    kinds = dict(arch=str, act=str, act_alpha=float | None, res=int, bn_eps=float, small_input=bool,
+                 data_dir=str | None, classes=list | None)
     for name, kind in kinds.items():
         value = getattr(run, name)
         need(isinstance(value, kind), f"{source} is damaged ({name} is {value!r}); restore it, or move "
@@ -207,7 +212,8 @@ def is_ledger_line(line):
     if not isinstance(line, dict):
         return False
     has_verdict = "fooled" in line or "robust_at" in line
-    return "warning" in line or (has_verdict and {"index", "label", "clean", "forwards"} <= line.keys())
+    is_warning = isinstance(line.get("warning"), str)
+    return is_warning or (has_verdict and {"index", "label", "clean", "forwards"} <= line.keys())
 
 
 def read_ledger(folder, name):
@@ -550,6 +556,7 @@ def how_to_go_on():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:

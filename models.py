@@ -13,6 +13,7 @@ import contextlib
 import copy
 import hashlib
 import math
+import pickle
 import zipfile
 from functools import partial
 from typing import NamedTuple
@@ -395,6 +396,8 @@ def load_file(path):
         raise SystemExit(f"no file {path}; train first, or give the path of a file that exists")
     except Exception as error:  # a dozen kinds, depending on where the damage is
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, (KeyError, pickle.UnpicklingError)):  # their text helps nobody
+            reason = "torch cannot read it"
         raise SystemExit(f"{path} is damaged or not a file of weights ({reason}); give another file")
 
 

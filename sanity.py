@@ -24,11 +24,15 @@ Keys: SAT is the paper, its sections and figures numbered as there. CA is Carlin
 import argparse
 import json
 import math
+import signal
 import time
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+
+if __name__ == "__main__":  # importing torch takes seconds; a Ctrl-C meanwhile prints no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -652,7 +656,7 @@ def compare_setting(pairs, setting):
     for run in runs:
         need(run.reports[setting]["images"] == first.reports[setting]["images"],
              f"{name}: {first.folder} and {run.folder} were measured on different images; run "
-             "evaluate.py on both with the same --data and --data-dir")
+             "evaluate.py on both with the same --data, --data-dir and --res")
     if len({run.reports[setting]["code"] for run in runs}) > 1:
         say(f"warning: {name}: measured by different versions of the code; run evaluate.py on all again")
 
@@ -717,6 +721,9 @@ def compare(args):
     new = [read_run(folder) for folder in args.new]
     old = [read_run(folder) for folder in args.against]
     pairs = match_seeds(new, old)
+    for new_run, old_run in pairs:
+        need(new_run.folder.resolve() != old_run.folder.resolve(),
+             f"{new_run.folder} is on both sides; give --against the baseline's runs")
     settings = shared_settings([run for pair in pairs for run in pair])
     rows = []
     for setting in settings:
@@ -2023,6 +2030,7 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:

@@ -21,6 +21,7 @@ Keys: SAT is the paper; equations, sections and tables are numbered as there.
 """
 import argparse
 import copy
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -35,6 +36,9 @@ import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
+
+if __name__ == "__main__":  # importing torch takes seconds; a Ctrl-C meanwhile prints no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.distributed as dist
@@ -214,6 +218,9 @@ def check(args, world):
 
 # The machine
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when the one that started it ends
+
+
 def open_device(name, dtype="fp32", wait=timedelta(minutes=30)):
     """Where this process runs -> device, and torchrun's rank and world (0 and 1 without torchrun)."""
     set_numerics(dtype)
@@ -224,6 +231,8 @@ def open_device(name, dtype="fp32", wait=timedelta(minutes=30)):
         need(text.isdigit(), f"{variable}={text} is no number; start with torchrun, or unset {variable}")
         numbers.append(int(text))
     rank, world, local_rank = numbers
+    need(world == 1 or "RANK" in os.environ,
+         f"WORLD_SIZE is {world} and RANK is not set; start with torchrun, or unset WORLD_SIZE")
 
     need(name != "mps", "--device mps is not supported: losses are summed in float64, which it lacks; "
          "use --device cpu")
@@ -237,6 +246,8 @@ def open_device(name, dtype="fp32", wait=timedelta(minutes=30)):
     device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if world > 1 and sys.platform == "linux":  # torchrun ends its processes, but not if it is killed
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         device_id = device if device.type == "cuda" else None
@@ -324,7 +335,7 @@ def save_file(path, content, previous=None):
         part.replace(path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or "torch stopped in the middle"
         raise SystemExit(f"cannot write {path} ({reason}): is the disk full? What was written before is "
                          "whole; make room, then go on with --resume")
 
@@ -392,8 +403,9 @@ def init_from(net, path):
     It names what stays at its initialisation, such as a classifier for other classes.
     """
     wanted = net.state_dict()
+    found = read_state_dict(path)
     taken = {}
-    for name, tensor in read_state_dict(path).items():
+    for name, tensor in found.items():
         if name in wanted and wanted[name].shape == tensor.shape:
             taken[name] = tensor
     n_weights = sum(tensor.ndim > 0 for tensor in taken.values())  # BatchNorm's counters fit anywhere
@@ -405,6 +417,8 @@ def init_from(net, path):
     if missing:
         shown = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
         sentence += f"; {len(missing)} stay at their initialisation: {shown}"
+    if len(found) > len(taken):
+        sentence += f"; {len(found) - len(taken)} of the file are unused"
     return sentence
 
 
@@ -776,9 +790,10 @@ def main():
                 workers_started = n_done - n_done_before > args.log_every
                 if waiting > 0.1 and images.paths is not None and workers_started and not advised:
                     advised = True
+                    short = round(args.res * 288 / 224)  # more than any crop needs
                     log(f"{100 * waiting:.0f}% of the time is spent waiting for images: raise --workers "
                         f"(now {workers}) up to the cores, or shrink the files once with python data.py "
-                        "shrink FROM TO --short 288")
+                        f"shrink FROM TO --short {short}")
                 line_total = total
                 line_began = now
                 seconds_waiting = 0.0
@@ -846,6 +861,7 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
