@@ -260,6 +260,7 @@ def pgd_search(model, x, y, eps, step_size, steps, index, restarts=1, seed=0, ve
     if last_iterate and restarts > 1:
         raise ValueError(f"restarts is {restarts}; the last iterate is one start's: use restarts=1")
     exact = verify or model
+    check_arguments(exact, x, y)
     clean_logits = exact(x)
     check_labels(clean_logits, y)
     clean = predict(clean_logits)
@@ -447,9 +448,9 @@ def fab(model, x, y, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, 
 
     for _ in search.until_all_fooled(steps):
         logits, w = search_gradient(model, rest.x_adv, objective)
-        gap = -objective(logits)  # the boundary is where <w, x> is higher by this
+        gap = -objective(logits)  # <w, x> must rise by this much to reach the boundary
 
-        # Overstep the boundary seen from x_adv, with a bias towards the same boundary seen from x
+        # Step past the boundary from x_adv and from x, then mix: alpha is the share of x's step
         step_adv = to_hyperplane(rest.x_adv, w, gap)
         gap_of_x = gap + (w * (rest.x_adv - rest.x)).sum((1, 2, 3))
         step_x = to_hyperplane(rest.x, w, gap_of_x)
@@ -558,7 +559,7 @@ def blind_spots(logits, again, grad):
 
 
 def masked_gradients(n, fooled):
-    """What the counts on n images say, {attack: how many it fooled that none before did} -> [warning].
+    """Warnings from counts on n images, fooled {attack: n that it was first to fool} -> [warning].
 
     A search without gradients that beats those with them has found a masked gradient.
     """
@@ -612,7 +613,7 @@ def autoattack(model, x, y, eps, index, seed=0, verify=None, attacks=STANDARD, p
     again, grad = search_gradient(model, x, objective)
     forwards += 2
     if verify is not None:
-        again = verify(x).float()  # two calls of one model: precision is no randomness
+        again = verify(x).float()  # the same model again: else low precision looks like randomness
         forwards += 1
     warnings += blind_spots(logits, again, grad[robust])
     n_classes = logits.shape[1]

@@ -42,7 +42,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from attacks import uniform
 
 BICUBIC = T.InterpolationMode.BICUBIC  # everywhere, as in SAT's code
-AUGMENT = 1  # first word of uniform's counter; APGD has it too, but never on the training split
+AUGMENT = 1  # first word of uniform's counter; APGD uses 1 too, but never on training images
 SHAPES_SEED = -1  # of the pictures themselves: no start and no crop may repeat their numbers
 MOST_UNREADABLE = 100  # in a row: the disk is at fault, not a file
 
@@ -121,7 +121,7 @@ def reason(error):
 # The terminal (here, since this is the first file that has something to say)
 
 def show(text):
-    """A line on the terminal that the next one overwrites; nothing where no person looks."""
+    """A line on the terminal that the next one overwrites; nothing unless stdout is a terminal."""
     if sys.stdout.isatty() and os.environ.get("RANK", "0") == "0":
         print(f"\r\033[K{text}", end="", flush=True)
 
@@ -335,7 +335,7 @@ def draw_shapes(n, res, train):
          red, green, blue, contrast, _, _) = draws
 
         # Where each pixel lies in the shape's own axes: moved, turned, scaled
-        share = y[index, None, None] / len(SHAPES)  # of the way through the classes
+        share = y[index, None, None] / len(SHAPES)  # the class's place in [0, 1)
         size = 0.5 + 0.2 * scale
         turn = 0.6 * angle - 0.3
         moved_x = (column + 0.5) * 2 / res - 0.85 - 0.3 * left
@@ -388,8 +388,8 @@ def hold_out(n, limit=None, holdout=0):
 def epoch_batches(members, epoch, seed, batch_size, world=1):
     """The epoch's global batches, a list of index tensors of batch_size each, in the epoch's order.
 
-    A short last batch is dropped. Where all are fewer than a batch they are one, cut to a multiple of
-    the processes. With one image per process there is no batch: BatchNorm needs two.
+    A short last batch is dropped. An epoch smaller than one batch is a single batch, cut to a multiple
+    of `world`. One image per process is too few: BatchNorm needs two.
     """
     shuffle = torch.Generator().manual_seed(key(seed, epoch))
     order = members[torch.randperm(len(members), generator=shuffle)]

@@ -55,7 +55,7 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     # what to measure
     p.add_argument("--out", default="out", help="a run's folder: its model.pt, network and data")
-    p.add_argument("--weights", help="a state dict; args.json beside it or the next flags tell the rest")
+    p.add_argument("--weights", help="a state dict; the rest: args.json beside it, or these flags")
     p.add_argument("--data", choices=data.DATA_SETS, help="default: the run's, or imagenet")
     p.add_argument("--data-dir", help="default: the run's, or data/imagenet, or data")
     p.add_argument("--arch", help="default: the run's; " + ", ".join(MODELS))
@@ -146,7 +146,7 @@ def find_run(args):
     run.weights = Path(args.weights or folder / "model.pt")
     run.out = Path(args.out)
     run.train_args = train_args
-    # What neither says is the data set's or the network's own
+    # Defaults for what neither the flags nor args.json give
     source = folder / "args.json"
     need(str(run.data) in data.DATA_SETS, f"{source} has the unknown data {run.data}; use --data with "
          f"one of {', '.join(data.DATA_SETS)}")
@@ -483,8 +483,7 @@ def main():
                 model, x, y, eps=eps / 255, index=index, seed=args.seed, verify=verify,
                 attacks=ATTACKS[args.attack], progress=progress)
             for warning in first_of_each_reason(report["warnings"]):
-                # How many images, and masked gradients, are a matter of all images, not of a batch
-                if not warning.startswith(("masked gradients", "not finite")):
+                if not warning.startswith("masked gradients"):  # a matter of all images, not of a batch
                     ledger.write({"warning": warning})
         for line in verdict_lines(index, y, report):
             ledger.write(line)
@@ -504,10 +503,11 @@ def main():
         every_rank = [None] * world
         dist.all_gather_object(every_rank, ledger.warnings)
         warnings = sum(every_rank, [])
+    if counts["n_nan"] > 0:  # of all images, so it comes before a batch's sentence for the same reason
+        not_finite = (f"not finite: {counts['n_nan']} of {counts['n']} clean images have NaN logits; "
+                      "NaN counts as wrong")
+        warnings = [not_finite, *warnings]
     warnings = first_of_each_reason(warnings)
-    if counts["n_nan"] > 0:
-        warnings.append(f"not finite: {counts['n_nan']} of {counts['n']} clean images have NaN logits; "
-                        "NaN counts as wrong")
     warnings += masked_gradients(counts["n"], counts.get("fooled_by", {}))
 
     # The report: what was measured with which numbers, what was counted, and where it comes from

@@ -62,7 +62,7 @@ class BasicBlock(nn.Module):
         self.bn2 = norm(width)
         self.act2 = act()
         self.downsample = shortcut(inputs, width, stride, norm)
-        nn.init.zeros_(self.bn2.weight)  # each block starts as the identity
+        nn.init.zeros_(self.bn2.weight)  # the residual branch starts at 0
 
     def forward(self, x):
         skip = x if self.downsample is None else self.downsample(x)
@@ -99,7 +99,7 @@ class Bottleneck(nn.Module):
 
 
 def shortcut(inputs, outputs, stride, norm):
-    """None, the identity, or a 1x1 convolution where the shape changes (RN option B)."""
+    """None for the identity, or a 1x1 convolution where the shape changes (RN option B)."""
     if stride == 1 and inputs == outputs:
         return None
     return nn.Sequential(conv(inputs, outputs, 1, stride), norm(outputs))
@@ -321,7 +321,7 @@ def attacker_view(train_net, smooth_backward=False):
     statistic, no mode and no DDP state. smooth_backward holds for this view alone: the attacker's half
     of Table 1. Make it after the network is on its device; never move or re-assign either afterwards.
     """
-    # deepcopy's memo: these stand for the copies, so the modules are new and the storage is shared
+    # deepcopy uses what its memo holds instead of copying: new modules over shared storage
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in train_net.parameters()}
     shared |= {id(b): b for b in train_net.buffers()}
     view = copy.deepcopy(train_net, shared).eval()

@@ -1013,11 +1013,11 @@ def plan(args):
 
     size = size_of(flags, n_classes, flags.res)
     passes = passes_of(flags.steps)
-    n_held = max(1, flags.batch_size // (args.processes * flags.accum))  # images in a device's memory
+    n_on_device = max(1, flags.batch_size // (args.processes * flags.accum))
     trainer = make_trainer(flags, n_classes, flags.compile, device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-        speed, timed = time_a_gpu(trainer, n_classes, n_held, flags.res)
+        speed, timed = time_a_gpu(trainer, n_classes, n_on_device, flags.res)
     else:
         speed, timed = time_a_cpu(trainer, n_classes, size, passes)
     hours = n_seen / speed / 3600
@@ -1037,8 +1037,8 @@ def plan(args):
     say(f"run      {flags.epochs} epochs x {n_steps} steps x {batch_size} images = {n_seen / 1e6:.1f}M "
         f"images, {n_flops * n_seen / 1e18:.3g} EFLOPs")
     say(f"memory   {weight_bytes / 2**30:.1f} GiB for weights and optimizer; about "
-        f"{n_held * kept_bytes / 2**30:.0f} GiB for the {n_held} images that each of {args.processes} "
-        f"devices holds, {kept_bytes / 2**20:.0f} MiB each")
+        f"{n_on_device * kept_bytes / 2**30:.0f} GiB for the {n_on_device} images that each of "
+        f"{args.processes} devices holds, {kept_bytes / 2**20:.0f} MiB each")
     say(f"timed    {timed}; on {name} in {flags.dtype}, without loading and validation")
     say(f"hours    {hours:,.1f} on 1, {hours / 8:,.1f} on 8, {hours / 64:,.1f} on 64 x {name}")
 
@@ -1934,7 +1934,7 @@ def gallery(args):
 def add_evaluation_flags(p):
     """Those of evaluate.py that say which net, which images and which attack."""
     p.add_argument("--out", default="out", help="a run's folder: its model.pt, network and data")
-    p.add_argument("--weights", help="a state dict; args.json beside it or the next flags tell the rest")
+    p.add_argument("--weights", help="a state dict; the rest: args.json beside it, or these flags")
     p.add_argument("--data", choices=data.DATA_SETS, help="default: the run's, or imagenet")
     p.add_argument("--data-dir", help="default: the run's, or data/imagenet, or data")
     p.add_argument("--arch", help="default: the run's")

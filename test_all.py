@@ -51,6 +51,12 @@ from models import (MEAN, MODELS, STD, attacker_view, build, in_precision, load_
                     precision, set_numerics, shares_storage, weights_hash)
 
 
+
+# One thread, here and in every process that a test starts: bits are compared between processes
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+
 # Helpers that several parts use
 
 def refuses(test, error, words, function, *args, **kwargs):

@@ -65,7 +65,7 @@ RECIPES = {
     "shapes": dict(arch="resnet8", act="silu", epochs=8, schedule="onecycle", batch_size=64, lr=0.1,
                    wd=5e-4, eps=8, step_size=8, holdout=500, val_every=2, log_every=20),
 }
-# SAT Sec. 5.2; 0.2 at the last block is EfficientNet's rate, dropout is each network's own
+# SAT Sec. 5.2; 0.2, reached just after the last block, is EfficientNet's; dropout each network's own
 ENHANCED = dict(wd=1e-5, epochs=200, stochastic_depth=0.2, autoaugment=True, ema=True, early_stop=True)
 
 # The least and the most that each flag with a number takes, in every script that has the flag
@@ -117,7 +117,7 @@ def get_args(argv=None):
     p.add_argument("--smooth-backward", default="none", help="SAT Table 1: who sees a smooth ReLU",
                    choices=["none", "attacker", "optimizer", "both"])
     p.add_argument("--dropout", type=float, help="rate; default: 0, with --enhanced the network's own")
-    p.add_argument("--stochastic-depth", type=float, default=0.0, help="an EfficientNet's last rate")
+    p.add_argument("--stochastic-depth", type=float, default=0.0, help="EfficientNet's, from 0 to this")
     p.add_argument("--bn-eps", type=float, default=1e-5, help="of BatchNorm; torchvision's b5: 1e-3")
     p.add_argument("--res", type=int, help="pixels; default: the network's own, cifar10 and shapes 32")
     # optimization
@@ -260,7 +260,7 @@ def device_name(device):
 
 
 def clock(device):
-    """Seconds, after all that was asked of the device is done; for measuring, a step never waits."""
+    """Seconds, once the device has done all its work. For measuring only: training never waits."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -322,7 +322,7 @@ class Log:
 def save_file(path, content, previous=None):
     """Write tensors under a temporary name, flush, rename: path is whole, old or new, at any moment.
 
-    previous: the name under which the file before stays. SystemExit where the disk is full or read-only.
+    previous: the name that the old file gets. SystemExit where the disk is full or read-only.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -383,7 +383,7 @@ def read_checkpoint(out, log):
 
 
 def differences(saved, args, facts):
-    """What --resume must not change and has changed -> clauses, against the args.json of the run."""
+    """Clauses on what differs from the run's saved args.json although --resume must not change it."""
     clauses = []
     for name, value in vars(args).items():
         if name not in FREE and saved.get(name) != value:
@@ -575,8 +575,8 @@ def main():
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     net.to(device, memory_format=layout)
 
-    # The run's folder: a checkpoint to go on from, weights to start from, or neither. Nothing that is
-    # there is ever written over by another run. (An empty log is of a run that never began.)
+    # The run's folder: a checkpoint to go on from, weights to start from, or neither. No run overwrites
+    # another's files. An empty log was left by a run that never began
     holds = [name for name in RUN_FILES if (out / name).exists() and (out / name).stat().st_size > 0]
     need(not holds or args.resume or rank > 0,
          f"{out} holds a run ({', '.join(holds)}); go on with --resume, or in another --out")
@@ -661,7 +661,7 @@ def main():
         best = state["best"]
         best_epoch = state["best_epoch"]
         ended = state["ended"]
-        if rank == 0:  # the sums of all ranks, so one of them takes them
+        if rank == 0:  # saved as the sum over all ranks, so only one rank may add it
             sums += torch.tensor(state["sums"], dtype=torch.float64, device=device)
     assert shares_storage(net, view), "the two views must share their storage"
     gloo = None  # a group on the CPU, for votes and checks
