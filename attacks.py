@@ -43,9 +43,9 @@ def mix(z):
 def uniform(seed, index, counter, shape):
     """Uniform numbers that belong to the image -> (N, *shape) float32 in [0, 1), on index's device.
 
-    index: (N,) int64, the numbers of the images. counter tells this draw from the image's others: an
-    int, an (N,) int64 tensor, or a tuple of these. Same arguments, same numbers, on any device and in
-    any batch.
+    index: (N,) int64, the numbers of the images. counter names the draw, and another counter gives other
+    numbers: an int, an (N,) int64 tensor, or a tuple of these. Same arguments, same numbers, on any
+    device and in any batch.
     """
     if not isinstance(counter, tuple):
         counter = (counter,)
@@ -161,7 +161,7 @@ def pgd(model, x, y, eps, step_size, steps, noise=None, loss=cross_entropy, chec
     x_adv = torch.clamp(x + noise, lower, upper)  # Differs from SAT: its start may leave [0, 1]
     for _ in range(steps):
         _, grad = input_gradient(model, x_adv, objective)
-        direction = torch.where(grad.isnan(), grad, grad.sign())  # NaN's sign() is 0
+        direction = torch.where(grad.isnan(), grad, grad.sign())  # sign() would hide NaN: it gives 0
         x_adv = torch.clamp(x_adv + step_size * direction, lower, upper)
     return x_adv
 
@@ -197,9 +197,9 @@ class Search:
             yield step
 
     def confirm(self, claimed):
-        """Which of the images claimed to be fooled, (n,) bool, are so by `verify` -> (n,) bool.
+        """Of the images claimed to be fooled, (n,) bool, those that fool `verify` too -> (n,) bool.
 
-        The search may run in bfloat16, where a margin near zero means nothing.
+        The search may run in bfloat16, where a margin near zero means nothing; `verify` is float32.
         """
         if self.verify is None:
             return claimed

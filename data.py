@@ -331,7 +331,7 @@ def draw_shapes(n, res, train):
     for index in torch.arange(n).split(max(1, 2**20 // res**2)):  # bounded memory at any resolution
         # Three of the sixteen are unused; fewer would draw other pictures
         draws = uniform(SHAPES_SEED, index, (split, 0), (16,)).T[..., None, None]  # -> (16, N, 1, 1)
-        (left, top, scale, angle, _, slope_a, slope_b, phase_row, phase_column, tone,
+        (left, top, scale, angle, _, slope_u, slope_v, phase_row, phase_column, tone,
          red, green, blue, contrast, _, _) = draws
 
         # Where each pixel lies in the shape's own axes: moved, turned, scaled
@@ -340,19 +340,19 @@ def draw_shapes(n, res, train):
         turn = 0.6 * angle - 0.3
         moved_x = (column + 0.5) * 2 / res - 0.85 - 0.3 * left
         moved_y = (row + 0.5) * 2 / res - 0.85 - 0.3 * top
-        a = (moved_x * turn.cos() - moved_y * turn.sin()) / size
-        b = (moved_y * turn.cos() + moved_x * turn.sin()) / size
+        u = (moved_x * turn.cos() - moved_y * turn.sin()) / size
+        v = (moved_y * turn.cos() + moved_x * turn.sin()) / size
         edge = torch.empty(len(index), res, res)
         for number, distance in enumerate(SHAPES.values()):
             own = y[index] == number
-            edge[own] = distance(a[own], b[own])
+            edge[own] = distance(u[own], v[own])
         inside = (0.5 - edge * size * res / 2).clamp(0, 1)  # an edge one pixel wide, not jagged
 
         # Its colour, the ground it stands on, the grating over both, and noise
         hue = 2 * math.pi * (share + 0.4 * tone - 0.2)
         tint = 1 + 0.5 * torch.cos(hue - 2 * math.pi / 3 * channel)  # (3, N, 1, 1)
         ground = 0.15 + 0.2 * torch.stack([red, green, blue])
-        ground = ground + 0.1 * (a * (slope_a - 0.5) + b * (slope_b - 0.5))
+        ground = ground + 0.1 * (u * (slope_u - 0.5) + v * (slope_v - 0.5))
         frequency = math.pi * (0.5 + 0.5 * share)  # radians per pixel
         waves_down = torch.cos(frequency * row + 6.3 * phase_row)
         grating = waves_down * torch.cos(frequency * column + 6.3 * phase_column)
@@ -598,7 +598,7 @@ def from_workers(dataset, requests, collate_fn, workers, pin_memory=False):
 # Shrink: an image folder again, with smaller pictures
 
 JPEG_QUALITY = 95  # Pillow's advice: above it files grow and pictures hardly improve
-LANCZOS = T.InterpolationMode.LANCZOS  # evaluation's pixels stay nearer to the original than by bicubic
+LANCZOS = T.InterpolationMode.LANCZOS  # bicubic would change evaluation's pixels more
 
 
 def smaller(file, short):

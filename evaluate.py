@@ -318,8 +318,8 @@ def wilson(k, n, z=1.959964):
 def tally(lines, steps):
     """Ledger lines of PGD -> dict: n, n_correct, n_robust, robust_after each step, forwards.
 
-    robust_after[k] counts the images that no iterate 0 .. k of the first restart fools; of lines of the
-    last iterate's protocol it counts those that iterate k does not fool.
+    robust_after[k] counts the images that no iterate 0 .. k of the first restart fools; with
+    --last-iterate, those that iterate k does not fool, whatever the earlier ones did.
     """
     n_correct = 0
     n_robust = 0

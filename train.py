@@ -118,7 +118,7 @@ def get_args(argv=None):
                    choices=["none", "attacker", "optimizer", "both"])
     p.add_argument("--dropout", type=float, help="rate; default: 0, with --enhanced the network's own")
     p.add_argument("--stochastic-depth", type=float, default=0.0, help="EfficientNet's, from 0 to this")
-    p.add_argument("--bn-eps", type=float, default=1e-5, help="of BatchNorm; torchvision's b5: 1e-3")
+    p.add_argument("--bn-eps", type=float, default=1e-5, help="BatchNorm's; torchvision b5-b7: 1e-3")
     p.add_argument("--res", type=int, help="pixels; default: the network's own, cifar10 and shapes 32")
     # optimization
     p.add_argument("--enhanced", action="store_true", help="Sec. 5.2: dropout, " + ", ".join(ENHANCED))
@@ -126,7 +126,7 @@ def get_args(argv=None):
     p.add_argument("--batch-size", type=int, help="images of one update, over all processes")
     p.add_argument("--accum", type=int, default=1, help="parts a batch is split into, to save memory")
     p.add_argument("--lr", type=float, help="peak; default: imagenet 0.1 for each 256 of the batch")
-    p.add_argument("--schedule", choices=["step", "onecycle"], help="x0.1 at 30, 60, 90%%; linear to 0")
+    p.add_argument("--schedule", choices=["step", "onecycle"], help="x0.1 at 30, 60, 90%%; or linear to 0")
     p.add_argument("--warmup-epochs", type=float, help="default: 5%%, at most 5; onecycle 40%%")
     p.add_argument("--wd", type=float, help="weight decay of convolution and linear weights")
     p.add_argument("--nesterov", **switch, help="momentum, as the released code has")
@@ -409,8 +409,8 @@ def init_from(net, path):
         if name in wanted and wanted[name].shape == tensor.shape:
             taken[name] = tensor
     n_weights = sum(tensor.ndim > 0 for tensor in taken.values())  # BatchNorm's counters fit anywhere
-    need(n_weights > 0, f"--init {path}: no tensor fits this network by name and shape; use the --arch "
-         "that the file is of")
+    need(n_weights > 0, f"--init {path}: no tensor fits this network by name and shape; use the file's "
+         "own --arch")
     net.load_state_dict(taken, strict=False)
     missing = [name for name in wanted if name not in taken]
     sentence = f"--init {path}: {len(taken)} of {len(wanted)} tensors taken"
