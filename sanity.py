@@ -134,7 +134,10 @@ LEAST = 20  # fewer images settle nothing, and Wilson's interval is rough there
 
 
 def judge(n_bad, n, warn, fail):
-    """The verdict if n_bad of n images speak against a net and at most `warn`, a share, may."""
+    """The verdict on a share of bad images: PASS up to `warn`, WARN above it, FAIL above `fail`.
+
+    SKIP without any image, UNSURE where n_bad of n leave open which of these it is.
+    """
     if n == 0:
         return "SKIP"
     if n < LEAST:
@@ -296,7 +299,10 @@ def doubts_about_the_radius(run, found):
 
 
 def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
-    """Do other attacks find what PGD has missed (CA)? Counted in points of the robust accuracy."""
+    """Do other attacks find what PGD has missed (CA)?
+
+    Shares are of all images, so that 1% is a point of the robust accuracy.
+    """
     net = run.net
     robust = found.robust
     index = run.index[robust]
@@ -306,7 +312,7 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
     nothing = robust[:0]  # no row: the verdict is SKIP
 
     def of_all(hit):
-        """Of the robust images -> of all, (N,) bool; without a row where no image is robust."""
+        """hit, a row for each robust image -> a row for each image; no row at all if none is robust."""
         everywhere = torch.zeros_like(robust)
         everywhere[robust] = hit
         return everywhere if robust.any() else nothing
@@ -371,18 +377,18 @@ def all_doubts(run, surrogate=None, normal=None):
     yield from doubts_from_other_attacks(run, found, surrogate, normal)
 
 
-def doubt_lines(verdict, n_used, n_available):
-    """A verdict as a person reads it, from a report on n_used images of n_available."""
-    yield (f"{verdict['verdict']:<7} {verdict['what']:<32} {verdict['measured']:<15} "
-           f"{verdict['wanted']:<15} {verdict['why']}")
-    if verdict["verdict"] == "UNSURE":
+def doubt_lines(row, n_used, n_available):
+    """A doubt as a person reads it, from a report on n_used images of n_available."""
+    yield (f"{row['verdict']:<7} {row['what']:<32} {row['measured']:<15} {row['wanted']:<15} "
+           f"{row['why']}")
+    if row["verdict"] == "UNSURE":
         advice = "its share is too near to the bound to be settled by more images"
-        if verdict["n_needed"] is not None:
-            limit = math.ceil(verdict["n_needed"] * n_used / verdict["n"])
+        if row["n_needed"] is not None:
+            limit = math.ceil(row["n_needed"] * n_used / row["n"])
             advice = f"about --limit {limit} would settle it, the data have {n_available} images"
         yield f"        {advice}"
-    if verdict["note"]:
-        yield f"        {verdict['note']}"
+    if row["note"]:
+        yield f"        {row['note']}"
 
 
 def report(args):
@@ -471,12 +477,12 @@ def spread_of(difference):
     """
     n_seeds, n_images = difference.shape
     mean = difference.mean()
-    of_seeds = difference.mean(axis=1)  # (S,)
-    of_images = difference.mean(axis=0)  # (N,)
-    rest = difference - of_seeds[:, None] - of_images + mean
+    seed_means = difference.mean(axis=1)  # (S,)
+    image_means = difference.mean(axis=0)  # (N,)
+    rest = difference - seed_means[:, None] - image_means + mean
     rest_variance = np.square(rest).sum() / ((n_seeds - 1) * (n_images - 1))
-    image_variance = max(0.0, of_images.var(ddof=1) - rest_variance / n_seeds)
-    return Spread(n_seeds, of_seeds.var(ddof=1), image_variance / n_images)
+    image_variance = max(0.0, image_means.var(ddof=1) - rest_variance / n_seeds)
+    return Spread(n_seeds, of_a_seed=seed_means.var(ddof=1), of_images=image_variance / n_images)
 
 
 def half_width(spread, n_seeds):
@@ -770,7 +776,7 @@ def compare(args):
 
 # What a training step costs
 
-CLASSES = 1000  # of ImageNet; few networks notice the number
+CLASSES = 1000  # ImageNet's; the classifier is a small part of any network's cost
 
 
 def make_trainer(flags, n_classes, compiled, device):
@@ -863,7 +869,7 @@ def cost(args):
                 own_flags = argparse.Namespace(**{**vars(flags), "act": act, "steps": steps})
                 trainers[Kind(act, steps, compiled)] = make_trainer(own_flags, CLASSES, compiled, device)
 
-    # All kinds in turn, so that whatever else the machine does meets them all alike
+    # The kinds take turns, so that other work on the machine slows all of them alike
     x = torch.rand(n, 3, flags.res, flags.res, device=device)
     y = torch.arange(n, device=device) % CLASSES
     rounds = {kind: [] for kind in trainers}
@@ -878,15 +884,15 @@ def cost(args):
 
     say(f"{flags.arch}, {flags.res} px, {n} images, {flags.dtype}, {device_name(device)}")
     on_gpu = device.type == "cuda"
-    say("act         PGD  compiled  ms/step  img/s  attack  PGD-0: 1  (FLOPs)  ReLU: 1"
+    say("act         PGD  compiled  ms/step  img/s  attack  x PGD-0  by FLOPs  x ReLU"
         + ("  peak MiB" if on_gpu else ""))
     for kind, median in medians.items():
         to_plain = ratio(median, medians.get(kind._replace(steps=0)))
         to_relu = ratio(median, medians.get(kind._replace(act="relu")))
         line = (f"{kind.act:<11}{kind.steps:4}{'yes' if kind.compiled else 'no':>10}"
                 f"{1e3 * median.seconds:9.1f}{n / median.seconds:7.0f}"
-                f"{median.attack_seconds / median.seconds:8.0%}{to_plain:>10}"
-                f"{passes_of(kind.steps) / passes_of(0):9.2f}{to_relu:>9}")
+                f"{median.attack_seconds / median.seconds:8.0%}{to_plain:>9}"
+                f"{passes_of(kind.steps) / passes_of(0):10.2f}{to_relu:>8}")
         if on_gpu:
             line += f"{median.peak_bytes / 2**20:10.0f}"
         say(line)
@@ -925,25 +931,31 @@ class Size(NamedTuple):
     kept_bytes: float
 
 
-def size_of(flags, n_classes, res):
-    """The Size of train.py's network at res pixels, on the meta device: nothing is computed."""
-    kept = {}
+def saved_tensors(net, x):
+    """What net's forward pass on x keeps for the backward pass: tensors, one for each storage."""
+    saved = {}
 
     def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor  # one storage counts once
+        saved[tensor.untyped_storage()._cdata] = tensor  # unlike data_ptr, not 0 on the meta device
         return tensor
 
     def hand_back(tensor):
         return tensor
 
+    with torch.autograd.graph.saved_tensors_hooks(keep, hand_back):
+        net(x)
+    return list(saved.values())
+
+
+def size_of(flags, n_classes, res):
+    """The Size of train.py's network at res pixels, on the meta device: nothing is computed."""
     with torch.device("meta"):
         net = train.network(flags, n_classes)
         x = torch.empty(2, 3, res, res)  # two images, since BatchNorm wants more than one value
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, hand_back)
-    with FlopCounterMode(display=False) as counter, hooks:
-        net(x)
+    with FlopCounterMode(display=False) as counter:
+        tensors = saved_tensors(net, x)
     n_bytes = 0
-    for tensor in kept.values():
+    for tensor in tensors:
         if tensor.shape[:1] == (2,):  # a row an image: no weight
             n_bytes += tensor.nbytes
     n_parameters = sum(p.numel() for p in net.parameters())
@@ -1054,14 +1066,14 @@ ORANGE = "#D55E00"
 # Okabe and Ito's colours without the yellow, for all eyes, then two of Paul Tol's and a grey
 COLOURS = ("#000000", ORANGE, BLUE, "#009E73", "#56B4E9", "#E69F00", "#CC79A7",
            "#332288", "#999933", "#8C8C8C")
-# Dashes and shapes tell curves and markers apart in grey too. Ink and gap by turns; None is a solid line
+# Dashes and markers tell curves apart in grey too. A dash is lengths of ink and gap in turn; None: solid
 DASHES = (None, (6, 4), (14, 4), (2, 3))
-# Number of corners, the angle of the first in degrees, and how much larger than a disc
+# A marker is its number of corners, the angle of the first in degrees, and its size beside a disc's
 DISC = (40, 0, 1.0)
 SQUARE = (4, 45, 1.25)
 TRIANGLE = (3, -90, 1.4)
 DIAMOND = (4, 0, 1.3)
-SHAPES = (DISC, SQUARE, TRIANGLE, DIAMOND)
+MARKERS = (DISC, SQUARE, TRIANGLE, DIAMOND)
 VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
@@ -1088,7 +1100,7 @@ class Style(NamedTuple):
 
 def style(i):
     """Twenty styles; then they begin again."""
-    return Style(COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)], SHAPES[i % len(SHAPES)])
+    return Style(COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)])
 
 
 def point_between(start, end, share):
@@ -1099,7 +1111,7 @@ def point_between(start, end, share):
 
 
 def dashed(points, dash):
-    """The pieces of a line through points [(x, y), ...] that a pattern of ink and gap by turns draws."""
+    """A line through points [(x, y), ...] -> the pieces that are drawn; dash: ink and gap in turn."""
     pieces = []
     piece = [points[0]]
     turn = 0  # which length of the pattern; ink at even turns
@@ -1145,7 +1157,7 @@ class Figure:
         return [(self.fine(x + 0.5) - 1, self.fine(y + 0.5) - 1) for x, y in points]
 
     def line(self, points, colour=INK, width=1.0, dash=None):
-        """A line through points [(x, y), ...]; `dash`: lengths of ink and gap by turns."""
+        """A line through points [(x, y), ...]; `dash`: lengths of ink and gap in turn."""
         pieces = [points] if dash is None else dashed(points, dash)
         for piece in pieces:
             self.pen.line(self.fine_points(piece), colour, self.fine(width), joint="curve")
@@ -1278,19 +1290,26 @@ class Panel(NamedTuple):
     lines: list  # for each name its points [(x, y), ...]; none: nothing is drawn
 
 
+def panel_boxes(n_panels, n_columns, width, height):
+    """Panels in rows, each width x height -> their boxes, and how far right and down they reach."""
+    boxes = []
+    for p in range(n_panels):
+        left = 60 + (width + 70) * (p % n_columns)
+        top = 60 + (height + 100) * (p // n_columns)
+        boxes.append((left, top, left + width, top + height))
+    n_rows = math.ceil(n_panels / n_columns)
+    return boxes, 60 + (width + 70) * n_columns, 20 + (height + 100) * n_rows
+
+
 def draw_panels(panels, names, n_columns, path, scale):
     """Panels in rows, one line for each name in each, and the names beside them, never on the data."""
-    n_rows = math.ceil(len(panels) / n_columns)
-    right = 60 + 340 * n_columns
+    boxes, right, bottom = panel_boxes(len(panels), n_columns, 270, 240)
     width = right + 42 + text_width_of(names) + 20
-    height = max(20 + 340 * n_rows, 90 + 20 * len(names))
-    fig = Figure(width, height, scale)
+    fig = Figure(width, max(bottom, 90 + 20 * len(names)), scale)
 
-    for p, panel in enumerate(panels):
-        left = 60 + 340 * (p % n_columns)
-        top = 60 + 340 * (p // n_columns)
-        box = (left, top, left + 270, top + 240)
+    for panel, box in zip(panels, boxes):
         if not any(panel.lines):  # no axis without a number
+            left, top, _, _ = box
             fig.text(left + 135, top + 120, f"{panel.title}: nothing yet", colour=GREY)
             continue
         place = axes(fig, box, panel.xs, panel.ys, panel.xlabel, panel.ylabel, panel.title)
@@ -1344,18 +1363,7 @@ def smoothness(act):
 
 def bytes_saved(act, x):
     """The bytes that the forward pass keeps for the backward pass, for each element of x."""
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.data_ptr()] = tensor  # one storage counts once
-        return tensor
-
-    def hand_back(tensor):
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, hand_back):
-        act(x)
-    return sum(tensor.nbytes for tensor in kept.values()) / x.numel()
+    return sum(tensor.nbytes for tensor in saved_tensors(act, x)) / x.numel()
 
 
 def act_seconds(act, x):
@@ -1429,7 +1437,7 @@ def read_log(folder):
 
 
 def points_of(lines, kind, field, unit):
-    """The points (epoch, value) of one field of a log; of an epoch that was run twice the last value."""
+    """The points (epoch, value) of a log's field. A resumed run may repeat an epoch: the last counts."""
     values = {}
     for line in lines:
         if line["kind"] == kind and math.isfinite(line[field]):
@@ -1479,16 +1487,6 @@ class Measured(NamedTuple):
     robust: tuple
 
 
-def attack_name(report):
-    """What a report measured."""
-    attack = report["attack"]
-    if attack == "pgd":
-        attack = f"PGD-{report['steps']}"
-    if report.get("last_iterate"):
-        attack += " (last iterate)"
-    return f"{report['data']}, {attack}, eps {report['eps']:g}/255"
-
-
 def network_name(report):
     """What seeds have in common: they share a colour and a marker."""
     name = f"{report['arch']} {report['act']}"
@@ -1517,7 +1515,7 @@ def read_report(path):
     """A report of evaluate.py -> Measured."""
     wanted = "reports of evaluate.py, out/eval/*.json"
     report = load_json(path, wanted)
-    is_report = isinstance(report, dict) and "n_robust" in report and "n_correct" in report
+    is_report = isinstance(report, dict) and {*SETTING, "n_robust", "n_correct"} <= report.keys()
     need(is_report, f"{path} is no report of evaluate.py; give {wanted}")
     n = report["n"]
     need(n > 0, f"{path} is a report on no images; give {wanted}")
@@ -1525,7 +1523,8 @@ def read_report(path):
     is_normal = recipe is not None and recipe["steps"] == 0
     clean = percent(report["n_correct"], n)
     robust = percent(report["n_robust"], n)
-    return Measured(attack_name(report), network_name(report), is_normal, clean, robust)
+    title = f"{report['data']}, {setting_name(report)}"
+    return Measured(title, network_name(report), is_normal, clean, robust)
 
 
 def read_paper(path):
@@ -1559,24 +1558,18 @@ def scatter(args):
             styles[net.name] = style(len(styles))
             hollow[net.name] = net.is_normal
 
-    n_columns = min(3, len(titles))
-    n_rows = math.ceil(len(titles) / n_columns)
     legend = list(styles) + [reference["name"] for reference in paper]
-    right = 60 + 420 * n_columns
+    boxes, right, bottom = panel_boxes(len(titles), min(3, len(titles)), 350, 320)
     width = right + 16 + text_width_of(legend) + 24
-    height = max(20 + 420 * n_rows, 90 + 20 * len(legend))
-    fig = Figure(width, height, args.scale)
+    fig = Figure(width, max(bottom, 90 + 20 * len(legend)), args.scale)
 
-    for p, title in enumerate(titles):
-        left = 60 + 420 * (p % n_columns)
-        top = 60 + 420 * (p // n_columns)
+    for title, box in zip(titles, boxes):
         shown = [net for net in nets if net.title == title]
         cleans = [reference["clean"] for reference in paper]
         robusts = [reference["robust"] for reference in paper]
         for net in shown:
             cleans += net.clean
             robusts += net.robust
-        box = (left, top, left + 350, top + 320)
         xs = span(cleans, 0, 100)
         ys = span(robusts, 0, 100)
         place = axes(fig, box, xs, ys, "clean accuracy (%)", "robust accuracy (%)", title)
@@ -1739,7 +1732,7 @@ def heat_map(fig, box, z, low, high):
     inner = (0.5, 0.5, len(z) - 0.5, len(z) - 0.5)  # from the middle of the first to that of the last
     field = np.asarray(Image.fromarray(picture).resize(size, Image.BILINEAR, inner))
     pixels = viridis((field - low) / (high - low))
-    # A contour is where the field is nearer to the level than it changes in half a line's width
+    # On a contour: within half a line's width of where the field crosses the level
     slope = np.hypot(*np.gradient(field))
     for level in ticks(low, high, (bottom - top) / 32):
         on_line = np.abs(field - level) < slope * fig.fine(1) / 2
@@ -1771,9 +1764,8 @@ def surface_3d(fig, middle, size, z, low, high, reach, labels):
     at = np.linspace(-1, 1, n)
     for i in reversed(range(n - 1)):  # the farthest patch first: nearer ones cover it
         for j in reversed(range(n - 1)):
-            corners = []
-            for a, b in ((i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1)):
-                corners.append(project(at[a], at[b], height[a, b]))
+            patch = [(i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1)]
+            corners = [project(at[k], at[m], height[k, m]) for k, m in patch]
             fig.polygon(corners, tuple(colours[i, j]))
     front = project(-1, -1, 0)
     right = project(1, -1, 0)
@@ -1801,10 +1793,10 @@ def directions(delta, index, seed=0):
 def loss_surface(net, x, y, attack, random, reach, n):
     """Cross-entropies (n, n) at x + a attack + b random, a and b within +-reach; x (1, C, H, W)."""
     # Pixels may leave [0, 1]: clamping would put kinks into the picture that the network has not
-    steps = torch.linspace(-reach, reach, n, device=x.device)
+    offsets = torch.linspace(-reach, reach, n, device=x.device)
     rows = []
-    for a in steps:
-        row = x + a * attack + steps.view(n, 1, 1, 1) * random
+    for a in offsets:
+        row = x + a * attack + offsets.view(n, 1, 1, 1) * random
         rows.append(cross_entropy(logits_of(net, row), y.expand(n)))
     return torch.stack(rows).cpu().numpy()
 
@@ -1909,15 +1901,15 @@ def gallery(args):
 
     side = 150
     gap = 20
-    widths = []  # a column is as wide as its longest words
+    column_widths = []  # as wide as the longest words
     for column in columns:
         longest = max(text_width_of([column.title], 13), text_width_of(column.words))
-        widths.append(max(side, longest))
-    width = gap + sum(widths) + gap * len(columns)
+        column_widths.append(max(side, longest))
+    width = gap + sum(column_widths) + gap * len(columns)
     height = 50 + (side + 34) * len(x_adv)
     fig = Figure(width, height, args.scale)
     left = gap
-    for column, width in zip(columns, widths):
+    for column, column_width in zip(columns, column_widths):
         fig.text(left, 30, column.title, "ls", 13)
         top = 44
         for picture, words, colour in zip(column.x.cpu(), column.words, column.colours):
@@ -1925,7 +1917,7 @@ def gallery(args):
             fig.paste(pixels.numpy(), left, top, side, side)
             fig.text(left, top + side + 5, words, "la", colour=colour)
             top += side + 34
-        left += width + gap
+        left += column_width + gap
     fig.save(args.png or run.out / "gallery.png")
 
 

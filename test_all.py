@@ -4519,8 +4519,9 @@ def evaluation(act="silu", clean=900, robust=600, seed=0, steps=1, **more):
     """A report as evaluate.py writes it, on 1,000 images, with what the pictures read."""
     recipe = dict(seed=seed, steps=steps, eps=8, smooth_backward="none", epochs=10)
     report = dict(weights=f"out/{act}-{seed}/model.pt", arch="resnet8", act=act, act_alpha=None, res=32,
-                  data="shapes", attack="pgd", steps=50, eps=8, last_iterate=False, n=1000,
-                  n_correct=clean, n_robust=robust, train=recipe)
+                  data="shapes", attack="pgd", steps=50, eps=8, step_size=2, restarts=1, seed=0,
+                  last_iterate=False, smooth_backward="none", dtype="fp32", n=1000, n_correct=clean,
+                  n_robust=robust, train=recipe)
     report.update(more)
     return report
 
