@@ -347,9 +347,10 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def set_numerics(dtype):
-    """Once at the start: TF32 only where asked for, subnormal numbers are 0.
+    """Once, before anything is computed: TF32 only where asked for, subnormal numbers are 0.
 
-    The tail of a smooth curve makes subnormal numbers, and a CPU is many times slower on those.
+    The tail of a smooth curve makes subnormal numbers, and a CPU is many times slower on those. New
+    threads inherit the setting from this one; threads that torch has started before keep their own.
     Backward passes run outside of `precision`, so TF32 has to be off globally too.
     """
     torch.set_flush_denormal(True)
