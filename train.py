@@ -770,6 +770,8 @@ def main():
                 name_unreadable(images, named_unreadable, log, gloo)
                 now = time.monotonic()
                 loss_sum, n_errors, n_seen, _ = (total - line_total).tolist()
+                mean_loss = loss_sum / n_seen
+                error = n_errors / n_seen
                 # Time left: the steps to come at the mean pace so far, and the validations to come
                 speed = n_seen / (now - line_began)
                 waiting = seconds_waiting / (now - line_began)
@@ -781,11 +783,11 @@ def main():
                     n_validations_ahead = math.ceil((args.epochs - epoch) / args.val_every)
                     eta += n_validations_ahead * seconds_validating / n_validations
                 log(f"epoch {epoch + 1:3d}/{args.epochs} | step {step:5d}/{n_steps} | "
-                    f"loss {loss_sum / n_seen:7.4f} | adv {100 - 100 * n_errors / n_seen:5.2f}% | "
+                    f"loss {mean_loss:7.4f} | adv {100 * (1 - error):5.2f}% | "
                     f"lr {lr:.4f} | {speed:5.0f} img/s | wait {100 * waiting:2.0f}% | "
                     f"eta {duration(eta)}",
-                    kind="step", epoch=epoch + 1, step=step, loss=loss_sum / n_seen,
-                    error=n_errors / n_seen, lr=lr, speed=speed, waiting=waiting)
+                    kind="step", epoch=epoch + 1, step=step, loss=mean_loss, error=error, lr=lr,
+                    speed=speed, waiting=waiting)
                 # The first line waits for the workers to start, which says nothing
                 workers_started = n_done - n_done_before > args.log_every
                 if waiting > 0.1 and images.paths is not None and workers_started and not advised:
