@@ -404,7 +404,10 @@ def report_lines(report):
         yield "after     " + "  ".join(after)
     for name, n_fooled in report.get("fooled_by", {}).items():
         yield f"{name:<9} {-100 * n_fooled / n:6.2f}%  {n_fooled} fooled"
-    yield (f"cost      {report['forwards']} forwards, {duration(report['seconds'])} on "
+    part = ""
+    if report["n_timed"] < n:  # the others' verdicts were in the ledger
+        part = f" for the last {report['n_timed']} images"
+    yield (f"cost      {report['forwards']} forwards, {duration(report['seconds'])}{part} on "
            f"{report['processes']} x {report['device']}")
     for warning in report["warnings"]:
         yield f"warning   {warning}"
@@ -497,7 +500,8 @@ def main():
     else:
         counts = tally_autoattack(lines, ATTACKS[args.attack])
     n_nan = sum(line["clean"] == -1 for line in lines)
-    counts = sum_over_ranks({**counts, "n_nan": n_nan}, device)
+    counts.update(n_nan=n_nan, n_timed=len(remaining))
+    counts = sum_over_ranks(counts, device)
     warnings = ledger.warnings
     if world > 1:
         every_rank = [None] * world
@@ -513,8 +517,10 @@ def main():
     # The report: what was measured with which numbers, what was counted, and where it comes from
     if rank == 0:
         path = folder / f"{name}.json"
-        if not remaining and path.exists():  # nothing was measured now: the seconds of the first time
-            seconds = read_json(path).get("seconds", seconds)
+        if counts["n_timed"] == 0 and path.exists():  # nothing was measured now: what it took then
+            earlier = read_json(path)
+            seconds = earlier.get("seconds", seconds)
+            counts["n_timed"] = earlier.get("n_timed", counts["n"])
         report = {
             "weights": str(run.weights), "hash": digest, "arch": run.arch, "act": run.act,
             "act_alpha": run.act_alpha, "data": run.data, "res": run.res,

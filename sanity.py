@@ -745,6 +745,8 @@ def compare(args):
     if len(pairs) > 1:
         about = (f"{len(pairs)} pairs matched by seed ({', '.join(map(str, seeds))}): the intervals are "
                  "about the method, seeds and images both vary")
+    if len(pairs) == 2:
+        about += "; two seeds tell little about how seeds spread, so use three or more"
     say(about)
 
     setting = None

@@ -5,7 +5,6 @@ $ python test_all.py  # a few minutes on two cores, no network, no data; or a pa
 $ python -m unittest test_all.TestTrain
 """
 import contextlib
-import hashlib
 import importlib
 import io
 import itertools
@@ -50,7 +49,8 @@ from attacks import (STANDARD, apgd, autoattack, ball, cross_entropy, fab, input
 from models import (MEAN, MODELS, STD, attacker_view, build, in_precision, load_file, load_weights,
                     precision, set_numerics, shares_storage, weights_hash)
 
-
+ROOT = Path(__file__).resolve().parent
+MODULES = ("activations", "models", "attacks", "data", "train", "evaluate", "sanity")
 
 # One thread, here and in every process that a test starts: bits are compared between processes
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -59,29 +59,32 @@ torch.set_num_threads(1)
 
 # Helpers that several parts use
 
+def assert_sentence(test, text, words):
+    """What a script or an error ends with is one sentence in which the pattern `words` is found."""
+    test.assertRegex(str(text), rf"\A.*{words}.*\Z")  # a dot is no line break
+    test.assertGreater(len(str(text).split()), 5)
+
+
 def refuses(test, error, words, function, *args, **kwargs):
     """`function` must stop with one sentence in which the pattern `words` is found."""
-    with test.assertRaisesRegex(error, words) as caught:
+    with test.assertRaises(error) as caught:
         function(*args, **kwargs)
-    sentence = str(caught.exception)
-    test.assertNotIn("\n", sentence)
-    test.assertGreater(len(sentence.split()), 5)
+    assert_sentence(test, caught.exception, words)
 
 
 def quietly(main, *flags):
     """Run a script's main as its command line would -> what it printed, its exit code or sentence."""
     text = io.StringIO()
     argv = ["script.py", *map(str, flags)]
-    on_interrupt = signal.getsignal(signal.SIGINT)
-    on_terminate = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(text):
         try:
             code = main()
         except SystemExit as stop:
             code = stop.code
         finally:
-            signal.signal(signal.SIGINT, on_interrupt)
-            signal.signal(signal.SIGTERM, on_terminate)
+            for number, handler in handlers.items():  # train.main sets its own
+                signal.signal(number, handler)
     return text.getvalue(), code
 
 
@@ -108,15 +111,21 @@ def traces(net, *others):
 
     Weights and buffers, modes, gradients, other tensors that are given, the state of torch's generator.
     """
-    bits = []
-    for tensor in (*net.state_dict().values(), *others, torch.get_rng_state()):
-        bits.append(hashlib.sha256(tensor.numpy().tobytes()).hexdigest())
+    tensors = (*net.state_dict().values(), *others, torch.get_rng_state())
+    bits = [tensor.numpy().tobytes() for tensor in tensors]
     modes = [module.training for module in net.modules()]
     gradients = [(p.grad, p.requires_grad) for p in net.parameters()]
     return bits, modes, gradients
 
 
-# A run of a second or two. The folders of these tests have a space and an accent in their names
+class TemporaryFolder(unittest.TestCase):
+    """self.root: a new folder for each test, with a space and an accent in its name."""
+
+    def setUp(self):
+        self.root = Path(self.enterContext(tempfile.TemporaryDirectory(prefix="out put é")))
+
+
+# A run of a second or two: 3 epochs of 25 steps
 TINY = ("--data shapes --res 16 --limit 400 --holdout 40 --epochs 3 --batch-size 16 --val-every 2 "
         "--log-every 1 --eps 2 --step-size 2 --act relu --smooth-backward both --dropout 0.1 "
         "--ema").split()
@@ -132,6 +141,17 @@ def a_run():
     return Path(folder, "whole")
 
 
+class RunCase(TemporaryFolder):
+    """self.out: the folder of a run, which does not exist until the test makes it."""
+
+    def setUp(self):
+        super().setUp()
+        self.out = self.root / "run"
+
+    def copy_of_a_run(self):
+        shutil.copytree(a_run(), self.out)
+
+
 def log_of(folder, kind):
     """The lines of one kind in a run's log.jsonl, in order."""
     lines = []
@@ -142,22 +162,30 @@ def log_of(folder, kind):
     return lines
 
 
-def contents(folder):
-    """{name: bytes} of the files in a folder."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+def files_below(root):
+    """{relative name: bytes} of all files anywhere below a folder."""
+    found = {}
+    for file in root.rglob("*"):
+        if file.is_file():
+            found[str(file.relative_to(root))] = file.read_bytes()
+    return found
 
 
-def picture_folder(root, n_train=6, n_val=4):
-    """An image folder as --data imagenet takes it, three classes of small JPEGs -> its root."""
-    random_numbers = np.random.default_rng(0)
-    for split, n in (("train", n_train), ("val", n_val)):
-        for name, channel in (("cat", 0), ("dog", 1), ("owl", 2)):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(n):
-                pixels = random_numbers.integers(0, 120, (40, 48, 3), dtype=np.uint8)
-                pixels[:, :, channel] += 120
-                Image.fromarray(pixels).save(folder / f"{name}{i}.JPEG")
+def gradient_picture(width=48, height=40):
+    """A smooth RGB picture, in which every pixel has a colour of its own."""
+    row, column = np.mgrid[:height, :width]
+    red = 255 * column // width
+    green = 255 * row // height
+    return Image.fromarray(np.stack([red, green, 255 - red], 2).astype(np.uint8))
+
+
+def image_folder(root, classes=("cat", "dog", "owl"), split="train", n=5):
+    """root/split/<class>/<class>0.JPEG ..., n pictures a class, as --data imagenet takes it -> root."""
+    for name in classes:
+        folder = root / split / name
+        folder.mkdir(parents=True)
+        for i in range(n):
+            gradient_picture(48 + i).save(folder / f"{name}{i}.JPEG")
     return root
 
 
@@ -208,9 +236,6 @@ def locked_by_another_process(path):
             yield
         finally:
             process.stdin.close()
-
-
-MODULES = ("activations", "models", "attacks", "data", "train", "evaluate", "sanity")
 
 
 @contextlib.contextmanager
@@ -282,6 +307,8 @@ def with_slope(function, x):
 
 
 class TestActivations(unittest.TestCase):
+    """Each curve against its formula in float64, and what the optimizer and the attacker see of it."""
+
     def assert_closed_form(self, name, alpha, act, x, tolerance):
         """Values and slopes of `act` at x are those of the formula at x, in float64."""
         if name == "smoothrelu":
@@ -420,7 +447,7 @@ class TestModels(unittest.TestCase):
     def test_logits_are_torchvisions_with_the_same_weights(self):
         torch.manual_seed(0)
         x = torch.rand(2, 3, 64, 64)
-        x[1] *= 0.1
+        x[1] *= 0.1  # two images that no network takes for the same
         x_normalised = torchvision.transforms.functional.normalize(x, MEAN, STD)
         for arch, act in (("resnet18", "relu"), ("resnet50", "relu"), ("resnext50_32x4d", "relu"),
                           ("efficientnet_b0", "silu"), ("efficientnet_b1", "silu")):
@@ -558,38 +585,38 @@ class TestView(unittest.TestCase):
                 self.assertTrue(torch.equal(view(self.x), net.eval()(self.x)))
 
     def test_the_logits_of_table_1_are_relus_whoever_sees_a_smooth_gradient(self):
-        expected = small()(self.x)
-        for optimizer in (False, True):
-            for attacker in (False, True):
-                with self.subTest(optimizer=optimizer, attacker=attacker):
-                    net = small(smooth_backward=optimizer)
-                    view = attacker_view(net, smooth_backward=attacker)
-                    self.assertTrue(torch.equal(net.train()(self.x), expected))
-                    self.assertTrue(torch.equal(view(self.x), attacker_view(net.eval())(self.x)))
+        logits_in_train_mode = small()(self.x)
+        logits_in_eval_mode = small().eval()(self.x)
+        for optimizer_is_smooth, attacker_is_smooth in itertools.product((False, True), repeat=2):
+            with self.subTest(optimizer=optimizer_is_smooth, attacker=attacker_is_smooth):
+                net = small(smooth_backward=optimizer_is_smooth)
+                view = attacker_view(net, smooth_backward=attacker_is_smooth)
+                self.assertTrue(torch.equal(view(self.x), logits_in_eval_mode))
+                self.assertTrue(torch.equal(net.train()(self.x), logits_in_train_mode))
 
     def test_table_1_smooths_the_attacker_or_the_optimizer_and_not_the_other(self):
-        x_adv = {}
-        gradient = {}
-        for optimizer in (False, True):
-            for attacker in (False, True):
-                net = small(smooth_backward=optimizer).train()
-                view = attacker_view(net, smooth_backward=attacker)
-                x_adv[optimizer, attacker] = pgd(view, self.x, self.y, eps=8 / 255, step_size=8 / 255,
-                                                 steps=1, noise=torch.zeros_like(self.x))
-                F.cross_entropy(net(self.x), self.y).backward()
-                gradient[optimizer, attacker] = net.conv1.weight.grad
-        for same in (False, True):
-            self.assertTrue(torch.equal(x_adv[False, same], x_adv[True, same]))
-            self.assertTrue(torch.equal(gradient[same, False], gradient[same, True]))
+        x_adv = {}  # for each pair of (optimizer_is_smooth, attacker_is_smooth)
+        weight_grad = {}
+        for pair in itertools.product((False, True), repeat=2):
+            optimizer_is_smooth, attacker_is_smooth = pair
+            net = small(smooth_backward=optimizer_is_smooth).train()
+            view = attacker_view(net, smooth_backward=attacker_is_smooth)
+            x_adv[pair] = pgd(view, self.x, self.y, eps=8 / 255, step_size=8 / 255, steps=1,
+                              noise=torch.zeros_like(self.x))
+            F.cross_entropy(net(self.x), self.y).backward()
+            weight_grad[pair] = net.conv1.weight.grad
+        for is_smooth in (False, True):
+            self.assertTrue(torch.equal(x_adv[False, is_smooth], x_adv[True, is_smooth]))
+            self.assertTrue(torch.equal(weight_grad[is_smooth, False], weight_grad[is_smooth, True]))
         self.assertFalse(torch.equal(x_adv[False, False], x_adv[False, True]))
-        self.assertFalse(torch.equal(gradient[False, False], gradient[True, False]))
+        self.assertFalse(torch.equal(weight_grad[False, False], weight_grad[True, False]))
 
     def test_a_smooth_backward_view_of_a_network_without_relu_is_refused(self):
         refuses(self, SystemExit, "ReLU", attacker_view, small(act="silu"), smooth_backward=True)
 
 
 class TestCompile(unittest.TestCase):
-    """What the compiler captures of the attack: run on a CPU without compiling the kernels."""
+    """What torch.compile captures of the attack; the captured graphs run without being compiled."""
 
     def compile(self, net):
         """net under torch.compile, one graph and no break. It keeps the graphs that it captures."""
@@ -644,7 +671,7 @@ class TestCompile(unittest.TestCase):
         self.attack_gradient(self.compile(attacker_view(net)))
         self.assertEqual(self.n_weight_gradients(), 0)
         self.attack_gradient(self.compile(net.eval()))
-        self.assertEqual(self.n_weight_gradients(), 9)  # what the view is for
+        self.assertEqual(self.n_weight_gradients(), 9)  # what the view saves
 
 
 class TestNumerics(unittest.TestCase):
@@ -722,10 +749,10 @@ class Evil:
         return os.mkdir, (self.folder,)
 
 
-class TestWeights(unittest.TestCase):
+class TestWeights(TemporaryFolder):
     def setUp(self):
-        folder = self.enterContext(tempfile.TemporaryDirectory(prefix="out put é"))
-        self.file = Path(folder, "some.pt")
+        super().setUp()
+        self.file = self.root / "some.pt"
         self.net = small()
         self.weights = self.net.state_dict()
 
@@ -806,7 +833,7 @@ class TestWeights(unittest.TestCase):
         refuses(self, SystemExit, "some.pt is damaged or", load_weights, self.net, self.file)
         self.assertFalse(made.exists())
         torch.load(self.file, weights_only=False)
-        self.assertTrue(made.exists())  # as it would have
+        self.assertTrue(made.exists())  # torch's careless way does run it
 
 
 # attacks
@@ -815,11 +842,14 @@ EPS = 0.05
 
 
 def linear(classes=10, size=4, scale=1.0):
-    """A linear model of (N, 3, size, size) images, whose best L-inf attack has a closed form."""
+    """A linear model of (N, 3, size, size) images, whose best L-inf attack has a closed form.
+
+    The classes have weights of different lengths: the class with the second highest logit is not
+    always the one that is easiest to reach.
+    """
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, classes)).eval()
-    strength = torch.linspace(0.5, 2, classes)  # the class with the next logit is not the nearest one
-    net[1].weight.data *= scale * strength[:, None]
+    net[1].weight.data *= scale * torch.linspace(0.5, 2, classes)[:, None]
     net[1].bias.data *= scale
     return net
 
@@ -839,13 +869,13 @@ def images_of(net, n=40, size=4):
 def can_be_fooled(net, x, y, eps=EPS):
     """Which images of a linear model have an adversarial image in ball and box -> (N,) bool.
 
-    For each wrong class the best pixels are known, each at one of its ends; float64.
+    For each wrong class the best pixels are known: each is as low or as high as it can be. In float64.
     """
     weight = net[1].weight.detach().double()
     bias = net[1].bias.detach().double()
     lower = (x.double() - eps).clamp(0, 1).flatten(1)[:, None]  # (N, 1, P)
     upper = (x.double() + eps).clamp(0, 1).flatten(1)[:, None]
-    slope = weight[None] - weight[y][:, None]  # (N, K, P), of each class above the label
+    slope = weight[None] - weight[y][:, None]  # (N, K, P), of (class K's logit - the label's) in a pixel
     best_pixels = torch.where(slope > 0, upper, lower)
     best_margin = (best_pixels * slope).sum(2) + bias[None] - bias[y][:, None]
     best_margin.scatter_(1, y[:, None], -math.inf)
@@ -853,7 +883,7 @@ def can_be_fooled(net, x, y, eps=EPS):
 
 
 def half_robust(n=90):
-    """A linear model and images, index, x, y: a ninth is wrong already, EPS fools half of the rest."""
+    """A linear model, index, x, y: it is wrong on a ninth of x, and EPS fools half of the others."""
     net = linear()
     x, y = images_of(net, n)
     y[::9] = (y[::9] + 1) % 10
@@ -861,7 +891,10 @@ def half_robust(n=90):
 
 
 def plain_verdicts(model, index, x, y, eps, step_size, steps, restarts, seed):
-    """A whole PGD for each restart and number of steps -> does it fool? (restarts, steps + 1, N)."""
+    """What `pgd_search` has to find, by a whole PGD for each restart and each number of steps.
+
+    -> is the image fooled by this iterate? (restarts, steps + 1, N) bool.
+    """
     fooled = torch.empty(restarts, steps + 1, len(y), dtype=torch.bool)
     for restart in range(restarts):
         noise = random_start(x, eps, seed, index, restart)
@@ -913,24 +946,24 @@ def constant_model(x):
     return torch.tensor([3.0, 2.0, 1.0, 0.0]) + 0 * x.flatten(1)[:, :4]
 
 
-def units(x_adv):
-    """How far pixels are from 1/2, as whole numbers of 2^-24."""
+def in_units(x_adv):
+    """How far pixels are from 1/2, in units of 2^-24, which is what a float32 there resolves."""
     return torch.round((x_adv - 0.5) * 2**24).flatten().long().tolist()
 
 
 class AttackCase(unittest.TestCase):
-    """What the tests of attacks say about tensors."""
+    """What the tests of attacks claim about tensors."""
 
-    def assertSame(self, tensor, expected):
+    def assert_same(self, tensor, expected):
         """They are equal to the bit."""
         self.assertTrue(torch.equal(tensor, expected), (tensor, expected))
 
-    def assertClose(self, tensor, expected, delta):
+    def assert_close(self, tensor, expected, delta):
         """No entry is further than delta from what is expected, which may be in float64."""
         error = (tensor - expected).abs().max()
         self.assertLess(error, delta)
 
-    def assertInside(self, x_adv, x, eps):
+    def assert_inside(self, x_adv, x, eps):
         """In the box, and in the ball without any tolerance; NaN is in neither."""
         distance = (x_adv.double() - x.double()).abs().max()
         self.assertLessEqual(distance, eps)
@@ -940,7 +973,7 @@ class AttackCase(unittest.TestCase):
 
 class TestUniform(AttackCase):
     def test_its_bits_never_change(self):
-        eleven = torch.tensor([11])
+        eleven = torch.tensor([11])  # a word of the counter may be a tensor
         for seed, index, counter, bits in (
                 (0, 0, 0, [1961223, 7289376, 6086541, 2630420]),
                 (3, 7, (1, 2), [12281060, 12254642, 6002808, 10867134]),
@@ -955,7 +988,7 @@ class TestUniform(AttackCase):
         shuffled = torch.randperm(500)
         for name, index in (("shuffled", shuffled), ("one", shuffled[:1]), ("none", shuffled[:0])):
             with self.subTest(name):
-                self.assertSame(uniform(3, index, (1, 2), (3, 4)), everyone[index])
+                self.assert_same(uniform(3, index, (1, 2), (3, 4)), everyone[index])
 
     def test_a_counter_may_differ_from_image_to_image(self):
         index = torch.tensor([4, 4, 9])
@@ -963,7 +996,7 @@ class TestUniform(AttackCase):
         together = uniform(3, index, (0, restarts), (5,))
         for i in range(3):
             alone = uniform(3, index[i:i + 1], (0, int(restarts[i])), (5,))
-            self.assertSame(together[i:i + 1], alone)
+            self.assert_same(together[i:i + 1], alone)
 
     def test_no_seed_index_or_counter_is_another_one_shifted(self):
         seeds = (0, 1, 2, 3, 4, -1, 2**62)
@@ -983,18 +1016,18 @@ class TestUniform(AttackCase):
 
 
 class TestPGD(AttackCase):
-    """Any callable is a model; on a linear one the best attack is known, every pixel at its end."""
+    """On a linear model of two classes the best attack moves every pixel as far as it can."""
 
     def setUp(self):
         torch.manual_seed(0)
         self.x = torch.rand(6, 3, 8, 8)
-        self.x[:, :, 0] = 0.0
+        self.x[:, :, 0] = 0.0  # a row at each end of the box
         self.x[:, :, 1] = 1.0
         self.y = torch.arange(6) % 2
-        sizes = torch.randint(1, 17, (192, 1)) / 128
+        sizes = torch.randint(1, 17, (192, 1)) / 128  # no weight is 0: every pixel has a direction
         signs = (torch.rand(192, 1) - 0.5).sign()
-        self.w = torch.cat([-sizes * signs, sizes * signs], 1)
-        self.up = self.w[:, 1 - self.y].T.sign().view_as(self.x)  # what raises the loss
+        self.w = torch.cat([-sizes * signs, sizes * signs], 1)  # (192, 2)
+        self.up = self.w[:, 1 - self.y].T.sign().view_as(self.x)  # the direction that raises the loss
         self.noise = torch.empty_like(self.x).uniform_(-0.05, 0.05)
         self.inner = (self.x > 0.15) & (self.x < 0.85)  # where an eps of 0.1 never meets the box
 
@@ -1007,14 +1040,14 @@ class TestPGD(AttackCase):
             for steps, step_size in ((1, 2 * eps), (10, eps / 4)):
                 with self.subTest(eps=eps, steps=steps):
                     x_adv = pgd(self.model, self.x, self.y, eps, step_size, steps)
-                    self.assertClose(x_adv, best, delta=2e-7)
+                    self.assert_close(x_adv, best, delta=2e-7)
 
     def test_it_takes_k_signed_steps_from_its_start_and_returns_the_last(self):
         for steps in (0, 1, 4):
             with self.subTest(steps=steps):
                 x_adv = pgd(self.model, self.x, self.y, 0.1, 0.01, steps, noise=self.noise)
                 expected = self.x + self.noise + steps * 0.01 * self.up
-                self.assertClose(x_adv[self.inner], expected[self.inner], delta=1e-6)
+                self.assert_close(x_adv[self.inner], expected[self.inner], delta=1e-6)
 
     def test_k_steps_cost_k_forwards(self):
         model = Recorder(self.model)
@@ -1033,7 +1066,7 @@ class TestPGD(AttackCase):
         up = self.w[:, 1].sign().view(1, 3, 8, 8)
         best = (self.x + 0.1 * up).clamp(0, 1)
         x_adv = pgd(self.model, self.x, self.y, 0.1, 0.05, steps=6, loss=logit_of_class_1)
-        self.assertClose(x_adv, best, delta=1e-6)
+        self.assert_close(x_adv, best, delta=1e-6)
 
     def test_it_stays_in_the_box_and_the_ball_without_tolerance(self):
         x = torch.cat([torch.rand(100, 3, 8, 8), torch.randint(0, 256, (100, 3, 8, 8)) / 255])
@@ -1043,7 +1076,7 @@ class TestPGD(AttackCase):
             for name, steps, noise in (("above", 0, ones), ("below", 0, -ones), ("steps", 3, None)):
                 with self.subTest(name, eps=eps):
                     x_adv = pgd(self.model, x, y, eps, eps, steps, noise=noise)
-                    self.assertInside(x_adv, x, eps)
+                    self.assert_inside(x_adv, x, eps)
 
     def test_the_float32_ball_is_inside_the_exact_ball_and_not_much_smaller(self):
         anywhere = torch.rand(100_000)
@@ -1055,16 +1088,16 @@ class TestPGD(AttackCase):
             exact_lower = (x.double() - eps).clamp(0, 1)
             exact_upper = (x.double() + eps).clamp(0, 1)
             with self.subTest(eps=eps):
-                self.assertInside(lower, x, eps)
-                self.assertInside(upper, x, eps)
-                self.assertClose(lower, exact_lower, delta=2e-7)
-                self.assertClose(upper, exact_upper, delta=2e-7)
+                self.assert_inside(lower, x, eps)
+                self.assert_inside(upper, x, eps)
+                self.assert_close(lower, exact_lower, delta=2e-7)
+                self.assert_close(upper, exact_upper, delta=2e-7)
 
     def test_a_ball_too_small_for_float32_is_the_image(self):
         for eps in (0.0, 1e-8):
             lower, upper = ball(self.x, eps)
-            self.assertSame(lower, self.x)
-            self.assertSame(upper, self.x)
+            self.assert_same(lower, self.x)
+            self.assert_same(upper, self.x)
 
     def test_without_check_nothing_waits_for_the_device(self):
         # A tensor on "meta" has no values, so asking for one is an error
@@ -1118,8 +1151,8 @@ class TestInputGradient(AttackCase):
         weight = self.net[1].weight.detach()
         logits, grad = input_gradient(self.net, self.x, self.climbed)
         excess = logits.softmax(1) - F.one_hot(self.y, 10)  # the cross-entropy's slope
-        self.assertClose(grad.flatten(1), excess @ weight, delta=1e-6)
-        self.assertSame(logits, self.net(self.x))
+        self.assert_close(grad.flatten(1), excess @ weight, delta=1e-6)
+        self.assert_same(logits, self.net(self.x))
         self.assertFalse(logits.requires_grad or grad.requires_grad or self.x.requires_grad)
 
     def test_float16_does_not_underflow_on_the_way_back(self):
@@ -1140,9 +1173,9 @@ class TestInputGradient(AttackCase):
         self.assertEqual(unscaled.abs().max(), 0)
         _, grad = input_gradient(half_model, x, climbed)
         exact = signs / (1 + math.exp(18))  # of logit 1 alone: 1 - softmax of logit 0 is 0 in float32
-        self.assertClose(grad.flatten() / exact, 1, delta=0.05)
+        self.assert_close(grad.flatten() / exact, 1, delta=0.05)
         x_adv = pgd(half_model, x, y, 0.1, 0.1, 1, noise=torch.zeros_like(x))
-        self.assertSame((x_adv - x).sign().flatten(), signs)
+        self.assert_same((x_adv - x).sign().flatten(), signs)
 
     def test_nan_stays_nan_so_that_training_can_stop_on_it(self):
         def model(x):
@@ -1181,14 +1214,13 @@ class TestPGDSearch(AttackCase):
             for rows in order.split(batch_size):
                 _, report = self.search(self.net, rows, restarts=3, seed=5)
                 for k, i in enumerate(rows.tolist()):
-                    places = fooled[:, :, i].nonzero().tolist()  # of [restart, step], in order
-                    where = [-1, -1]
-                    if self.correct[i] and places:
-                        where = places[0]
-                    where_in_report = [report["restart"][k], report["step"][k]]
+                    fooling = fooled[:, :, i].nonzero().tolist()  # [restart, step] of each, in order
+                    first_fooling = [-1, -1]
+                    if self.correct[i] and fooling:
+                        first_fooling = fooling[0]
                     with self.subTest(batch_size=batch_size, image=i):
-                        self.assertEqual(where_in_report, where)
-                        self.assertEqual(report["robust"][k], self.correct[i] and not places)
+                        self.assertEqual([report["restart"][k], report["step"][k]], first_fooling)
+                        self.assertEqual(report["robust"][k], self.correct[i] and not fooling)
 
     def test_its_starts_are_those_of_every_published_evaluation(self):
         x = torch.full((2, 1, 2, 2), 0.5)
@@ -1196,9 +1228,9 @@ class TestPGDSearch(AttackCase):
         pgd_search(model, x, torch.zeros(2).long(), eps=0.25, step_size=0.1, steps=0,
                    index=torch.tensor([0, 49999]), restarts=2, seed=5)
         _, first, second = model.calls
-        self.assertEqual(units(first), [3334070, 3668134, -106260, 1315669,  # image 0
+        self.assertEqual(in_units(first), [3334070, 3668134, -106260, 1315669,  # image 0
                                         3598139, -1572555, 3927204, -3133413])  # image 49999
-        self.assertEqual(units(second), [-2726106, 2623300, 1929121, 1432502,
+        self.assertEqual(in_units(second), [-2726106, 2623300, 1929121, 1432502,
                                          -817400, 195246, -102932, -3344602])
 
     def test_x_adv_fools_where_the_report_says_so_and_is_x_elsewhere(self):
@@ -1207,13 +1239,13 @@ class TestPGDSearch(AttackCase):
         self.assertTrue(9 < fooled.sum() < 70)
         is_wrong = classify(self.net, x_adv) != self.y
         self.assertTrue(is_wrong[fooled].all())
-        self.assertSame(x_adv[~fooled], self.x[~fooled])
-        self.assertInside(x_adv, self.x, EPS)
+        self.assert_same(x_adv[~fooled], self.x[~fooled])
+        self.assert_inside(x_adv, self.x, EPS)
 
     def test_images_that_are_wrong_already_are_not_attacked(self):
         _, report = self.search(self.net)
         wrong = ~self.correct
-        self.assertSame(report["clean"], classify(self.net, self.x))
+        self.assert_same(report["clean"], classify(self.net, self.x))
         self.assertEqual(report["forwards"][wrong].unique().tolist(), [1])
         self.assertEqual(report["step"][wrong].unique().tolist(), [-1])
         self.assertFalse(report["robust"][wrong].any())
@@ -1225,17 +1257,17 @@ class TestPGDSearch(AttackCase):
 
         y = self.index % 2
         fooled = plain_verdicts(wavy, self.index, self.x, y, EPS, EPS / 10, 6, 1, seed=5)[0]
-        comes_back = fooled[:-1] & ~fooled[1:]
-        self.assertGreater(comes_back.sum(), 20)  # what fools may not fool a step later
+        only_for_a_step = fooled[:-1] & ~fooled[1:]
+        self.assertGreater(only_for_a_step.sum(), 20)  # else the last iterate is like all others
         x_adv, report = pgd_search(wavy, self.x, y, eps=EPS, step_size=EPS / 10, steps=6,
                                    index=self.index, seed=5, last_iterate=True)
-        self.assertSame(report["robust_at"], ~fooled.T)
-        self.assertSame(report["robust"], ~fooled[-1])
+        self.assert_same(report["robust_at"], ~fooled.T)
+        self.assert_same(report["robust"], ~fooled[-1])
         self.assertEqual(report["restart"].unique().tolist(), [-1])
         self.assertEqual(report["step"].unique().tolist(), [-1])
         noise = random_start(self.x, EPS, 5, self.index)
         expected = pgd(wavy, self.x, y, EPS, EPS / 10, 6, noise=noise)
-        self.assertSame(x_adv, expected)
+        self.assert_same(x_adv, expected)
 
     def test_the_last_iterate_has_one_start(self):
         refuses(self, ValueError, "restarts is 2.*restarts=1", self.search, self.net, restarts=2,
@@ -1266,25 +1298,25 @@ class TestPGDSearch(AttackCase):
         self.assertEqual(report["forwards"].tolist(), [9])
 
     def test_verify_has_the_last_word_over_a_search_that_claims_every_image(self):
-        with self.subTest("strict"):
+        with self.subTest("every iterate"):
             _, report = self.search(negated(self.net), steps=0, restarts=2, verify=self.net)
             start_fools = self.plain(steps=0, restarts=2).any(0)[0]
-            self.assertSame(report["robust"], self.correct & ~start_fools)
+            self.assert_same(report["robust"], self.correct & ~start_fools)
         with self.subTest("last iterate"):
             _, report = self.search(negated(self.net), steps=0, verify=self.net, last_iterate=True)
             start_fools = self.plain(steps=0)[0]
-            self.assertSame(report["robust_at"], ~start_fools.T)
+            self.assert_same(report["robust_at"], ~start_fools.T)
 
     def test_where_verify_never_agrees_every_image_is_robust(self):
         zeros = torch.zeros_like(self.y)
         x_adv, report = pgd_search(self.net, self.x, zeros, eps=EPS, step_size=EPS, steps=3,
                                    index=self.index, verify=constant_model)
         self.assertTrue(report["robust"].all())
-        self.assertSame(x_adv, self.x)
+        self.assert_same(x_adv, self.x)
 
     def test_the_clean_class_is_verifys(self):
         _, report = self.search(negated(self.net), steps=0, verify=self.net)
-        self.assertSame(report["clean"], classify(self.net, self.x))
+        self.assert_same(report["clean"], classify(self.net, self.x))
 
     def test_an_image_with_nan_logits_is_wrong_and_without_a_class(self):
         def broken(x):
@@ -1308,11 +1340,11 @@ class TestPGDSearch(AttackCase):
         y = self.net(x).argmax(1)
         _, report = pgd_search(broken_above_a_half, x, y, eps=EPS, step_size=EPS, steps=0,
                                index=self.index)
-        start = (x + random_start(x, EPS, 0, self.index)).clamp(0, 1)
+        start = pgd(self.net, x, y, EPS, EPS, steps=0, noise=random_start(x, EPS, 0, self.index))
         is_broken = start[:, 0, 0, 0] > 0.5
         is_wrong = classify(self.net, start) != y
         self.assertTrue(30 < is_broken.sum() < 60)
-        self.assertSame(report["robust"], ~(is_broken | is_wrong))
+        self.assert_same(report["robust"], ~(is_broken | is_wrong))
 
     def test_progress_counts_the_steps_of_all_restarts_and_the_images_not_yet_fooled(self):
         calls = []
@@ -1326,9 +1358,9 @@ class TestPGDSearch(AttackCase):
         self.assertEqual(steps, tuple(range(21)))
         self.assertEqual(set(n_steps), {21})
         is_fooled = report["step"] >= 0
-        when = 7 * report["restart"] + report["step"]
+        fooled_at = 7 * report["restart"] + report["step"]  # a restart is 7 iterates: the start, 6 steps
         for step, n in enumerate(n_undecided):
-            n_fooled = (is_fooled & (when < step)).sum()
+            n_fooled = (is_fooled & (fooled_at < step)).sum()
             self.assertEqual(n, self.correct.sum() - n_fooled)
 
     def test_progress_that_raises_stops_the_search(self):
@@ -1341,7 +1373,7 @@ class TestPGDSearch(AttackCase):
         self.assertEqual(len(model.calls), 1)  # the clean images
 
 
-def verdicts(model, x, y, eps=EPS, **more):
+def run_autoattack(model, x, y, eps=EPS, **more):
     """AutoAttack on images 0 to N - 1 -> fooled (N,) bool, x_adv, report."""
     x_adv, report = autoattack(model, x, y, eps=eps, index=torch.arange(len(x)), **more)
     fooled = torch.tensor([name is not None for name in report["fooled_by"]], dtype=torch.bool)
@@ -1350,27 +1382,27 @@ def verdicts(model, x, y, eps=EPS, **more):
 
 class TestAutoAttack(AttackCase):
     def test_each_attack_fools_exactly_the_images_of_a_linear_model_that_can_be_fooled(self):
-        # Cross-entropy climbs all classes at once: with more than two it may rightly miss the best one
+        # Cross-entropy raises all wrong classes at once: with two or more it may miss the nearest one
         for attack, classes in (("apgd-ce", 2), ("apgd-t", 10), ("fab-t", 10), ("square", 10)):
             net = linear(classes, scale=1e-3)
             x, y = images_of(net, 120)
             possible = can_be_fooled(net, x, y)
-            fooled, x_adv, _ = verdicts(net, x, y, attacks=(attack,), queries=1000)
+            fooled, x_adv, _ = run_autoattack(net, x, y, attacks=(attack,), queries=1000)
             is_wrong = classify(net, x_adv) != y
             with self.subTest(attack):
-                self.assertTrue(20 < possible.sum() < 100)  # the claim has both sides
+                self.assertTrue(20 < possible.sum() < 100)  # neither all nor none
                 self.assertFalse((fooled & ~possible).any())
                 self.assertLessEqual((fooled != possible).sum(), 1)  # 1% of 120
                 self.assertTrue(is_wrong[fooled].all())
-                self.assertSame(x_adv[~fooled], x[~fooled])
+                self.assert_same(x_adv[~fooled], x[~fooled])
 
     def test_verify_has_the_last_word_in_each_attack(self):
         net = linear(scale=1e-3)
         x, y = images_of(net, 120)
         possible = can_be_fooled(net, x, y)
         for attack in STANDARD:
-            fooled, _, report = verdicts(negated(net), x, y, verify=net, attacks=(attack,), steps=9,
-                                         queries=9)
+            fooled, _, report = run_autoattack(negated(net), x, y, verify=net, attacks=(attack,),
+                                               steps=9, queries=9)
             with self.subTest(attack):  # the search claims every image at once
                 self.assertTrue((report["forwards"] > 3).all())
                 self.assertFalse((fooled & ~possible).any())
@@ -1380,15 +1412,15 @@ class TestAutoAttack(AttackCase):
         net = nn.Sequential(nn.Flatten(), nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
         net[1].weight.data *= 3
         x, y = images_of(net, 100, size=1)
-        ends = torch.linspace(-EPS, EPS, 21)
-        grid = torch.cartesian_prod(ends, ends, ends)
+        one_axis = torch.linspace(-EPS, EPS, 21)
+        grid = torch.cartesian_prod(one_axis, one_axis, one_axis)
         points = (x.view(-1, 1, 3) + grid).clamp(0, 1)  # (100, 9261, 3)
         classes = classify(net, points.view(-1, 3, 1, 1))
         is_wrong = classes.view(100, -1) != y[:, None]
         possible = is_wrong.any(1)
         self.assertTrue(10 < possible.sum() < 90)
         for attack in STANDARD:
-            fooled, _, _ = verdicts(net, x, y, attacks=(attack,), queries=500)
+            fooled, _, _ = run_autoattack(net, x, y, attacks=(attack,), queries=500)
             with self.subTest(attack):
                 self.assertLessEqual((fooled != possible).sum(), 1)
 
@@ -1403,29 +1435,31 @@ class TestAutoAttack(AttackCase):
         x = torch.full((5, 3, 4, 4), 0.5)
         y = torch.zeros(5).long()
         for attack in ("apgd-t", "fab-t"):
-            fooled, _, _ = verdicts(model, x, y, attacks=(attack,))
+            fooled, _, _ = run_autoattack(model, x, y, attacks=(attack,))
             with self.subTest(attack):
                 self.assertTrue(fooled.all())
 
     def test_fab_oversteps_the_boundary_and_comes_back(self):
-        # Where it should be is known: from x along the sign of w, `place` times the way to the boundary
+        # On two logits that are linear in x, FAB Alg. 1 moves on a line: `place` is 0 at x and 1 on the
+        # boundary, where every pixel has moved by 0.1 along the sign of w
         x = torch.full((1, 3, 4, 4), 0.5)
         w = torch.linspace(-1, 2, 48).view(3, 4, 4)
-        edge = 0.1 * w.abs().sum()  # every pixel has to move by 0.1
+        label_logit = 0.1 * w.abs().sum()
 
         def two_logits(x):
-            other = (w * (x - 0.5)).sum()
-            return torch.stack([edge, other])[None]
+            other_logit = (w * (x - 0.5)).sum()
+            return torch.stack([label_logit, other_logit])[None]
 
         for more, beta in (({}, 0.9), ({"beta": 0.5}, 0.5)):  # 0.9 by default
             place = 0.0
             places = []
             for _ in range(4):
                 places.append(place)  # where the slope is taken
-                still_to_go = abs(1 - place)
-                alpha = min(still_to_go / (still_to_go + 1), 0.1)
-                overstepped = place + 1.05 * (1 - place)
-                place = (1 - alpha) * overstepped + alpha * 1.05
+                to_boundary = abs(1 - place)
+                alpha = min(to_boundary / (to_boundary + 1), 0.1)
+                from_place = place + 1.05 * (1 - place)
+                from_x = 1.05
+                place = (1 - alpha) * from_place + alpha * from_x
                 places.append(place)  # where the class is asked for
                 if place > 1:
                     place = beta * place
@@ -1435,42 +1469,44 @@ class TestAutoAttack(AttackCase):
             for step, place in enumerate(places):
                 expected = x + 0.1 * place * w.sign()
                 with self.subTest(beta=beta, step=step):
-                    self.assertClose(model.calls[step], expected, delta=1e-5)
+                    self.assert_close(model.calls[step], expected, delta=1e-5)
 
     def test_the_step_to_a_hyperplane_is_the_smallest_one_in_the_box(self):
         torch.manual_seed(0)
         x = torch.rand(50, 3, 4, 4)
         w = torch.randn(50, 3, 4, 4)
         gap = torch.linspace(-15, 15, 50)
-        for x, w, gap, step in zip(x, w, gap, to_hyperplane(x, w, gap)):
-            direction = w.sign() * gap.sign()
-            room = torch.where(direction > 0, 1 - x, x)
+        steps = to_hyperplane(x, w, gap)
+        for i in range(50):
+            direction = w[i].sign() * gap[i].sign()
+            room = torch.where(direction > 0, 1 - x[i], x[i])
             low = 0.0
             high = 1.0
             for _ in range(30):  # bisection for the least reach that closes the gap
                 reach = (low + high) / 2
-                closed = (w.abs() * room.clamp(max=reach)).sum()
-                if closed < gap.abs():
+                closed = (w[i].abs() * room.clamp(max=reach)).sum()
+                if closed < gap[i].abs():
                     low = reach
                 else:
                     high = reach
-            with self.subTest(gap=gap.item()):
-                self.assertClose(step, direction * room.clamp(max=high), delta=1e-5)
+            with self.subTest(gap=gap[i].item()):
+                self.assert_close(steps[i], direction * room.clamp(max=high), delta=1e-5)
 
     def test_the_starts_are_those_of_every_published_evaluation(self):
         x = torch.full((1, 1, 2, 2), 0.5)
         y = torch.tensor([0])
         index = torch.tensor([49999])
+        # One start a target. Each touches the ball: one of its pixels is at ±1/4, 2^22 units
         for attack, starts in (("apgd-ce", [[2572073, 216998, 4194304, -1361488]]),
                                ("apgd-t", [[4194304, -238008, -602022, 3926533],
                                            [-3734772, 78683, 4194304, -3665450],
-                                           [2836240, 3155449, -1455957, 4194304]])):  # one a target
+                                           [2836240, 3155449, -1455957, 4194304]])):
             model = Recorder(constant_model)
             autoattack(model, x, y, eps=0.25, index=index, seed=5, attacks=(attack,), steps=0)
             with self.subTest(attack):
                 self.assertEqual(len(model.calls), 2 + len(starts))
                 for x_adv, start in zip(model.calls[2:], starts):
-                    difference = torch.tensor(units(x_adv)) - torch.tensor(start)
+                    difference = torch.tensor(in_units(x_adv)) - torch.tensor(start)
                     self.assertLessEqual(difference.abs().max(), 2)  # the ball is 2^-23 smaller
 
     def test_squares_stripes_and_squares_are_those_of_every_published_evaluation(self):
@@ -1498,7 +1534,7 @@ class TestAutoAttack(AttackCase):
             calls.append(where)
 
         model = Recorder(net)
-        _, _, report = verdicts(model, x, y, progress=progress)
+        _, _, report = run_autoattack(model, x, y, progress=progress)
         forwards = {name: spent["forwards"] for name, spent in report["attacks"].items()}
         self.assertEqual(forwards, {"clean": 2 * 2, "apgd-ce": 2 * 101, "apgd-t": 2 * 9 * 101,
                                     "fab-t": 2 * 9 * 200, "square": 2 * 5001})
@@ -1514,7 +1550,7 @@ class TestAutoAttack(AttackCase):
         for has_verify in (False, True):
             model = Recorder(net)
             verify = Recorder(net)
-            fooled, _, report = verdicts(model, x, y, steps=10, queries=50,
+            fooled, _, report = run_autoattack(model, x, y, steps=10, queries=50,
                                          verify=verify if has_verify else None)
             with self.subTest(has_verify=has_verify):
                 self.assertTrue(5 < fooled.sum() < 25)
@@ -1532,22 +1568,22 @@ class TestAutoAttack(AttackCase):
                 _, report = autoattack(net, x[rows], y[rows], eps=eps, index=rows, attacks=(attack,),
                                        steps=9, queries=40)
                 forwards.append(report["forwards"])
-            whole = forwards[0]
+            in_one_batch = forwards[0]
             in_parts = torch.cat(forwards[1:])
-            n_fooled = (whole < whole.max()).sum()
+            n_fooled = (in_one_batch < in_one_batch.max()).sum()
             with self.subTest(attack):
                 self.assertTrue(3 < n_fooled < 37)
-                self.assertLessEqual((whole != in_parts).sum(), 1)  # rounding
+                self.assertLessEqual((in_one_batch != in_parts).sum(), 1)  # rounding
 
     def test_no_search_leaves_a_trace(self):
         net = small(act="silu").eval()
         x, y = images_of(net, 6, size=16)
         before = traces(net, x, y)
-        verdicts(net, x, y, eps=0.01, steps=3, queries=5)
+        run_autoattack(net, x, y, eps=0.01, steps=3, queries=5)
         pgd_search(net, x, y, eps=0.01, step_size=0.01, steps=3, index=torch.arange(6))
         self.assertEqual(before, traces(net, x, y))
 
-    def test_models_that_blind_an_attack_are_called_out_by_name(self):
+    def test_what_blinds_an_attack_is_named_in_a_warning(self):
         net = linear()
         x, _ = images_of(net)
         torch.manual_seed(0)
@@ -1558,7 +1594,7 @@ class TestAutoAttack(AttackCase):
         def rounded(x):
             return net((20 * x).round() / 20)
 
-        def random(x):
+        def noisy(x):
             return net(x + 0.05 * torch.randn_like(x))
 
         def probabilities(x):
@@ -1568,9 +1604,9 @@ class TestAutoAttack(AttackCase):
             return net(x) / (x[:, 0, 0, :1] > 0.5)
 
         for reason, model in (("zero gradients", saturated), ("zero gradients", rounded),
-                              ("masked gradients", rounded), ("random logits", random),
+                              ("masked gradients", rounded), ("random logits", noisy),
                               ("probabilities", probabilities), ("not finite", infinite)):
-            _, _, report = verdicts(model, x, model(x).argmax(1), eps=0.1, steps=5, queries=200)
+            _, _, report = run_autoattack(model, x, model(x).argmax(1), eps=0.1, steps=5, queries=200)
             reasons = [warning.partition(":")[0] for warning in report["warnings"]]
             with self.subTest(reason, model=model.__name__):
                 self.assertIn(reason, reasons)
@@ -1579,7 +1615,7 @@ class TestAutoAttack(AttackCase):
         net = linear()
         x, y = images_of(net)
         for verify in (None, net):
-            _, _, report = verdicts(net, x, y, eps=0.1, steps=5, queries=200, verify=verify)
+            _, _, report = run_autoattack(net, x, y, eps=0.1, steps=5, queries=200, verify=verify)
             self.assertEqual(report["warnings"], [])
 
     def test_precision_is_not_taken_for_randomness(self):
@@ -1589,7 +1625,7 @@ class TestAutoAttack(AttackCase):
         def bfloat16(x):
             return net(x).bfloat16()
 
-        _, _, report = verdicts(bfloat16, x, y, steps=1, queries=1, verify=net)
+        _, _, report = run_autoattack(bfloat16, x, y, steps=1, queries=1, verify=net)
         self.assertEqual(report["warnings"], [])
 
     def test_square_is_doubted_only_against_gradients_and_above_a_fifth_of_a_percent(self):
@@ -1605,13 +1641,17 @@ class TestAutoAttack(AttackCase):
         x, y = images_of(net, 5, size=64)
         x[:2] = x[:2].round()
         y = net(x).argmax(1)
-        every_other = torch.stack([x, 1 - x], -1).flatten(3)[..., ::2]
-        for layout, x in (("contiguous", x), ("channels last", x.to(memory_format=torch.channels_last)),
-                          ("every other pixel", every_other), ("transposed", x.mT.contiguous().mT)):
+        layouts = {  # the same pixels
+            "contiguous": x,
+            "channels last": x.to(memory_format=torch.channels_last),
+            "every other pixel": torch.stack([x, 1 - x], -1).flatten(3)[..., ::2],
+            "transposed": x.mT.contiguous().mT}
+        for layout, images in layouts.items():
             for attack in STANDARD:
-                _, x_adv, _ = verdicts(net, x, y, eps=0.03, attacks=(attack,), steps=4, queries=20)
+                _, x_adv, _ = run_autoattack(net, images, y, eps=0.03, attacks=(attack,), steps=4,
+                                             queries=20)
                 with self.subTest(attack, layout=layout):
-                    self.assertInside(x_adv, x, 0.03)
+                    self.assert_inside(x_adv, x, 0.03)
 
     def test_every_iterate_is_in_ball_and_box_and_none_is_nan_where_the_slope_is(self):
         net = linear()
@@ -1627,12 +1667,12 @@ class TestAutoAttack(AttackCase):
             seen = Recorder(model)
             pgd_search(seen, x, y, eps=1e-3, step_size=1e-3, steps=3, index=torch.arange(10))
             for attack in ("apgd-ce", "apgd-t", "square"):  # FAB leaves the ball on its way
-                verdicts(seen, x, y, eps=1e-3, attacks=(attack,), steps=4, queries=9)
+                run_autoattack(seen, x, y, eps=1e-3, attacks=(attack,), steps=4, queries=9)
             with self.subTest(slope):
                 for x_adv in seen.calls:
                     distances = (x_adv[:, None] - x[None]).abs().amax((2, 3, 4))
-                    own_image = distances.argmin(1)  # no other one is so near
-                    self.assertInside(x_adv, x[own_image], 1e-3)
+                    own_image = distances.argmin(1)  # of those not yet fooled; no other one is so near
+                    self.assert_inside(x_adv, x[own_image], 1e-3)
 
     def test_a_search_goes_on_where_the_slope_is_not_finite(self):
         x = torch.rand(3, 1, 1, 1)
@@ -1648,7 +1688,7 @@ class TestAutoAttack(AttackCase):
         for classes, words in ((2, "skipped"), (3, "ran targeted cross-entropy")):
             net = linear(classes)
             x, y = images_of(net)
-            fooled, _, report = verdicts(net, x, y, steps=20, queries=100)
+            fooled, _, report = run_autoattack(net, x, y, steps=20, queries=100)
             with self.subTest(classes=classes):
                 self.assertIn(words, report["warnings"][0])
                 self.assertEqual(fooled.tolist(), can_be_fooled(net, x, y).tolist())
@@ -1656,12 +1696,12 @@ class TestAutoAttack(AttackCase):
     def test_targeted_cross_entropy_climbs_towards_its_target(self):
         net = linear(3)
         x, y = images_of(net)
-        fooled, _, _ = verdicts(net, x, y, steps=20, attacks=("apgd-t",))
+        fooled, _, _ = run_autoattack(net, x, y, steps=20, attacks=("apgd-t",))
         possible = can_be_fooled(net, x, y)
         self.assertFalse((fooled & ~possible).any())
-        self.assertLessEqual((fooled != possible).sum(), 2)  # it may rightly miss the best one
+        self.assertLessEqual((fooled != possible).sum(), 2)  # it may rightly miss the nearest class
 
-    def test_the_attacks_run_in_their_own_order_each_on_what_is_left(self):
+    def test_the_attacks_run_in_their_own_order_each_on_the_images_not_yet_fooled(self):
         net = linear()
         x, y = images_of(net, 60)
         given = ("square", "apgd-t", "apgd-ce")
@@ -1671,7 +1711,7 @@ class TestAutoAttack(AttackCase):
             if step == 0:
                 n_at_start[name] = n_undecided
 
-        _, _, report = verdicts(net, x, y, steps=20, queries=100, attacks=given, progress=progress)
+        _, _, report = run_autoattack(net, x, y, steps=20, queries=100, attacks=given, progress=progress)
         spent = report["attacks"]
         self.assertEqual(list(spent), ["clean", "apgd-ce", "apgd-t", "square"])
         for name in ("apgd-ce", "apgd-t", "square"):
@@ -1684,17 +1724,17 @@ class TestAutoAttack(AttackCase):
         net = linear()
         x, y = images_of(net)
         y[:5] = (y[:5] + 1) % 10
-        _, x_adv, report = verdicts(net, x, y, steps=5, queries=20)
+        _, x_adv, report = run_autoattack(net, x, y, steps=5, queries=20)
         self.assertEqual(report["fooled_by"][:5], [None] * 5)
         self.assertEqual(report["forwards"][:5].tolist(), [2] * 5)
         self.assertEqual(report["attacks"]["clean"]["fooled"], 5)
-        self.assertSame(x_adv[:5], x[:5])
+        self.assert_same(x_adv[:5], x[:5])
 
     def test_an_unknown_attack_is_refused(self):
         net = linear()
         x, y = images_of(net, 2)
         words = "attack fab is unknown; use .*fab-t"
-        refuses(self, ValueError, words, verdicts, net, x, y, attacks=("fab",))
+        refuses(self, ValueError, words, run_autoattack, net, x, y, attacks=("fab",))
 
     def test_empty_batches_are_fine_everywhere(self):
         net = small().eval()
@@ -1720,14 +1760,6 @@ class TestAutoAttack(AttackCase):
 
 # data
 
-def gradient_picture(width=48, height=40):
-    """A smooth RGB picture, in which every pixel has a colour of its own."""
-    row, column = np.mgrid[:height, :width]
-    red = 255 * column // width
-    green = 255 * row // height
-    return Image.fromarray(np.stack([red, green, 255 - red], 2).astype(np.uint8))
-
-
 def grey_ramp(width, height):
     """A picture of 16-bit greys, from black on the left to almost white, as (height, width) numbers."""
     row = np.linspace(0, 65_000, width).astype(np.uint16)
@@ -1743,47 +1775,16 @@ def save_all_kinds(folder, picture):
     Image.fromarray(grey_ramp(*picture.size)).save(folder / "sixteen.png")
 
 
-def image_folder(root, classes=("cat", "dog", "owl"), split="train", n=5):
-    """root/split/<class>/<class>0.JPEG ..., n pictures a class -> root."""
-    for name in classes:
-        folder = root / split / name
-        folder.mkdir(parents=True)
-        for i in range(n):
-            gradient_picture(48 + i).save(folder / f"{name}{i}.JPEG")
-    return root
-
-
 def cut_short(file):
     """As an interrupted copy leaves it: its last 100 bytes are missing."""
     content = file.read_bytes()
     file.write_bytes(content[:-100])
 
 
-def files_below(root):
-    """{relative name: bytes} of all files anywhere below a folder."""
-    found = {}
-    for file in sorted(root.rglob("*")):
-        if file.is_file():
-            found[str(file.relative_to(root))] = file.read_bytes()
-    return found
-
-
-def pixels(picture):
-    """An image as (height, width, 3) integers."""
-    return np.asarray(picture).astype(int)
-
-
 def mean_difference(picture, other):
     """Between two pictures, in 1/255."""
-    return np.abs(pixels(picture) - pixels(other)).mean()
-
-
-class TemporaryFolder(unittest.TestCase):
-    """self.root: a new folder for each test."""
-
-    def setUp(self):
-        self.root = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, self.root)
+    difference = np.asarray(picture).astype(int) - np.asarray(other)
+    return np.abs(difference).mean()
 
 
 class TestSubsets(unittest.TestCase):
@@ -1905,8 +1906,8 @@ class TestShapes(unittest.TestCase):
 class TestFolders(TemporaryFolder):
     """What an image folder is read as, and which data are refused."""
 
-    def load(self, **kwargs):
-        return data.load("imagenet", self.root, res=32, **kwargs)
+    def load(self, **settings):
+        return data.load("imagenet", self.root, res=32, **settings)
 
     def test_the_order_and_the_numbers_are_torchvisions(self):
         image_folder(self.root, classes=("owl", "Cat", "dog10", "dog9"), n=11)
@@ -1982,12 +1983,6 @@ class TestFolders(TemporaryFolder):
             with self.subTest(name=name, **more):
                 refuses(self, SystemExit, words, data.load, name, self.root, **more)
 
-    def test_the_attack_of_an_evaluation_is_the_data_sets(self):
-        for name, attack in (("imagenet", (4, 1, 200)), ("cifar10", (8, 2, 50)), ("shapes", (8, 2, 50))):
-            with self.subTest(name):
-                data_set = data.DATA_SETS[name]
-                self.assertEqual((data_set.eps, data_set.step_size, data_set.steps), attack)
-
     def test_evaluation_crops_the_papers_pixels_and_loses_no_border_at_64(self):
         for res, shorter_side in ((224, 256), (299, 331), (380, 412), (64, 73), (32, 36)):
             with self.subTest(res=res):
@@ -2023,10 +2018,10 @@ class TestBatches(unittest.TestCase):
 
     def pixels_of(self, images, members, batches):
         """The pixels of each of `members`, in their order; each must be there once, with its label."""
-        parts = list(batches)
-        index = torch.cat([part_index for part_index, _, _ in parts])
-        x = torch.cat([part_x for _, part_x, _ in parts])
-        y = torch.cat([part_y for _, _, part_y in parts])
+        indices, xs, ys = zip(*batches)
+        index = torch.cat(indices)
+        x = torch.cat(xs)
+        y = torch.cat(ys)
         self.assertEqual(index.sort().values.tolist(), list(members))
         self.assertTrue(torch.equal(y, images.y[index]))
         return x[index.argsort()]
@@ -2067,22 +2062,25 @@ class TestBatches(unittest.TestCase):
                 expected = expected.flip(2)
             self.assertTrue(torch.equal(cropped[i], expected))
 
+    def assert_same_batches(self, batches, expected_batches):
+        self.assertEqual(len(batches), len(expected_batches))
+        for batch, expected in zip(batches, expected_batches):
+            for tensor, expected_tensor in zip(batch, expected):
+                self.assertTrue(torch.equal(tensor, expected_tensor))
+
     def test_a_stream_that_starts_late_is_the_tail_of_the_whole(self):
-        for name, images, n, batch_size, more in (
-                ("shapes", self.shapes, 50, 16, {}),
-                ("autoaugment", self.shapes, 50, 16, {"autoaugment": True}),
-                ("files", self.folder, 20, 6, {}),
-                ("files, workers", self.folder, 20, 6, {"workers": 2})):
-            members = torch.arange(n)  # three batches an epoch
-            whole = list(data.train_batches(images, members, batch_size, 3, seed=1, **more))
+        members = torch.arange(20)  # with 6 a batch: three batches an epoch
+        for name, images, settings in (("shapes", self.shapes, {}),
+                                       ("autoaugment", self.shapes, {"autoaugment": True}),
+                                       ("files", self.folder, {}),
+                                       ("files, workers", self.folder, {"workers": 2})):
+            whole = list(data.train_batches(images, members, 6, epochs=3, seed=1, **settings))
             self.assertEqual(len(whole), 9)
-            for start, n_before in (((1, 2), 5), ((1, 3), 6), ((2, 0), 6)):
-                with self.subTest(name, start=start):
-                    tail = list(data.train_batches(images, members, batch_size, 3, 1, start, **more))
-                    self.assertEqual(len(tail), 9 - n_before)
-                    for batch, expected in zip(tail, whole[n_before:]):
-                        for tensor, expected_tensor in zip(batch, expected):
-                            self.assertTrue(torch.equal(tensor, expected_tensor))
+            for epoch, step in ((1, 2), (1, 3), (2, 0)):
+                with self.subTest(name, epoch=epoch, step=step):
+                    tail = list(data.train_batches(images, members, 6, epochs=3, seed=1,
+                                                   start=(epoch, step), **settings))
+                    self.assert_same_batches(tail, whole[3 * epoch + step:])
 
     def test_a_stream_moves_nobody_elses_random_numbers(self):
         for name, images, more in (("autoaugment", self.shapes, {"autoaugment": True}),
@@ -2107,10 +2105,11 @@ class TestBatches(unittest.TestCase):
                 self.assertTrue(torch.equal(x, x_in_three))
 
     def test_two_images_of_an_epoch_are_augmented_each_in_its_own_way(self):
+        # Nine times the same picture
+        y = torch.zeros(9, dtype=torch.long)
         picture = torch.randint(256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0))
-        in_memory = data.Images(["one", "two"], 16, torch.zeros(9, dtype=torch.long),
-                                picture.byte().expand(9, 3, 16, 16))
-        in_files = data.Images(["one", "two"], 16, torch.zeros(9, dtype=torch.long), root=self.root,
+        in_memory = data.Images(["one", "two"], 16, y, picture.byte().expand(9, 3, 16, 16))
+        in_files = data.Images(["one", "two"], 16, y, root=self.root,
                                paths=np.array(["train/cat/cat0.JPEG"] * 9))
         for name, images in (("memory", in_memory), ("files", in_files)):
             with self.subTest(name):
@@ -2129,22 +2128,21 @@ class TestBatches(unittest.TestCase):
                     self.assertGreater(changed.float().mean(), 0.85)
 
     def test_evaluation_is_in_order_whole_and_not_augmented(self):
+        def from_file(number):
+            return data.eval_transform(32)(data.read_picture(self.folder.file(number)))
+
         members = torch.tensor([3, 4, 7, 12, 13, 14, 19])
-        for name, images, workers in (("shapes", self.shapes, 0), ("files", self.folder, 0),
-                                      ("workers", self.folder, 2)):
+        shapes = self.shapes.x[members]
+        pictures = torch.stack([from_file(number) for number in members.tolist()])
+        for name, images, workers, expected in (("shapes", self.shapes, 0, shapes),
+                                                ("files", self.folder, 0, pictures),
+                                                ("workers", self.folder, 2, pictures)):
             with self.subTest(name):
-                seen = []
-                for index, x, y in data.eval_batches(images, members, 3, workers):
-                    seen += index.tolist()
-                    self.assertTrue(torch.equal(y, images.y[index]))
-                    for number, image in zip(index.tolist(), x):
-                        if images.x is None:
-                            picture = data.read_picture(images.file(number))
-                            expected = data.eval_transform(32)(picture)
-                        else:
-                            expected = images.x[number]
-                        self.assertTrue(torch.equal(image, expected / 255))
-                self.assertEqual(seen, members.tolist())
+                indices, xs, ys = zip(*data.eval_batches(images, members, 3, workers))
+                self.assertEqual([len(index) for index in indices], [3, 3, 1])
+                self.assertTrue(torch.equal(torch.cat(indices), members))
+                self.assertTrue(torch.equal(torch.cat(xs), expected / 255))
+                self.assertTrue(torch.equal(torch.cat(ys), images.y[members]))
 
     def test_no_members_yield_nothing(self):
         nobody = torch.tensor([], dtype=torch.long)
@@ -2165,7 +2163,7 @@ class TestBatches(unittest.TestCase):
 
 
 class TestUnreadable(TemporaryFolder):
-    """Training goes on beside a damaged file, evaluation does not."""
+    """Training goes on without a damaged file, evaluation stops."""
 
     def setUp(self):
         super().setUp()
@@ -2174,19 +2172,19 @@ class TestUnreadable(TemporaryFolder):
         (self.root / "train/dog/dog2.JPEG").write_text("not an image")
         self.images = data.load("imagenet", self.root, res=32)
 
-    def test_in_training_the_next_member_takes_the_place(self):
+    def test_in_training_the_next_member_replaces_an_unreadable_one(self):
         seen = []
         for index, _, y in data.train_batches(self.images, torch.arange(10), 5, epochs=1):
             seen += index.tolist()
             self.assertTrue(torch.equal(y, self.images.y[index]))
         self.assertEqual(sorted(seen), [0, 1, 2, 3, 4, 5, 8, 8, 8, 9])  # 8 for 6 and for 7
 
-    def test_the_last_members_neighbour_is_the_first(self):
+    def test_in_training_the_first_member_replaces_an_unreadable_last_one(self):
         (self.root / "train/dog/dog4.JPEG").write_text("not an image")
         batch, = data.train_batches(self.images, torch.tensor([3, 9]), 2, epochs=1)
         self.assertEqual(batch[0].tolist(), [3, 3])
 
-    def test_training_lists_them_with_the_reason(self):
+    def test_training_lists_the_unreadable_files_with_the_reason(self):
         for workers in (0, 1):
             with self.subTest(workers=workers):
                 self.images.unreadable.clear()
@@ -2219,24 +2217,18 @@ class TestUnreadable(TemporaryFolder):
             self.assertRaises(TypeError, list, batches)
 
 
-TRAIN_UNTIL = """
-import multiprocessing, os, signal, sys, time, torch, data
+TRAIN_UNTIL_KILLED = """
+import multiprocessing, signal, sys, time, torch, data
 
 def only_a_flag(number, frame):
     pass
 
 signal.signal(signal.SIGTERM, only_a_flag)  # as training does: workers must not inherit it
-
-def main():
-    images = data.load("imagenet", sys.argv[1], res=32)
-    batches = data.train_batches(images, torch.arange(images.n), 4, 1000, workers=2)
-    next(batches)
-    print(*[process.pid for process in multiprocessing.active_children()], flush=True)
-    if sys.argv[2] == "raise":
-        raise RuntimeError("on purpose")
-    time.sleep(60)
-
-main()
+images = data.load("imagenet", sys.argv[1], res=32)
+batches = data.train_batches(images, torch.arange(images.n), 4, 1000, workers=2)
+next(batches)
+print(*[process.pid for process in multiprocessing.active_children()], flush=True)
+time.sleep(60)
 """
 
 
@@ -2253,7 +2245,7 @@ def kill_this_process(_):
 
 
 def is_alive(process_id):
-    """Also false for a process that has ended and that nobody has asked about."""
+    """Whether a process runs. One that has ended but whose parent has not asked about it does not."""
     try:
         state = Path(f"/proc/{process_id}/stat").read_text().rpartition(") ")[2]
     except OSError:
@@ -2264,39 +2256,23 @@ def is_alive(process_id):
 class TestWorkers(TemporaryFolder):
     """No worker outlives its work, and no process waits for one for ever."""
 
-    def start(self, how):
-        """A training process with two workers -> the process, and the workers' ids."""
-        command = [sys.executable, "-W", "ignore", "-c", TRAIN_UNTIL, str(self.root), how]
-        process = subprocess.Popen(command, cwd=Path(data.__file__).parent, stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, text=True)
-        self.addCleanup(process.stdout.close)
-        self.addCleanup(process.kill)
-        return process
-
-    def wait_for_the_end_of(self, workers, seconds=60):
-        """Fails if one of these processes is alive after so many seconds (far more than it takes)."""
-        began = time.monotonic()
-        alive = workers
-        while alive and time.monotonic() - began < seconds:
-            time.sleep(0.1)
-            alive = [worker for worker in alive if is_alive(worker)]
-        self.assertEqual(alive, [])
-
-    def test_a_crash_or_a_kill_ends_the_process_and_its_workers(self):
+    def test_workers_end_when_their_process_is_killed(self):
         image_folder(self.root)
-        crashed = self.start("raise")
-        killed = self.start("wait")
-        workers_of_crashed = crashed.stdout.readline().split()
-        workers_of_killed = killed.stdout.readline().split()
-        killed.kill()
-        for name, process, workers, code in (("crashed", crashed, workers_of_crashed, 1),
-                                             ("killed", killed, workers_of_killed, -signal.SIGKILL)):
-            with self.subTest(name):
-                self.assertEqual(len(workers), 2)
-                self.assertEqual(process.wait(timeout=60), code)
-                self.wait_for_the_end_of(workers)
+        command = [sys.executable, "-W", "ignore", "-c", TRAIN_UNTIL_KILLED, str(self.root)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        self.addCleanup(process.kill)
+        with process.stdout:
+            workers = process.stdout.readline().split()
+        self.assertEqual(len(workers), 2)
+        process.kill()
+        process.wait()
+        for _ in range(600):  # a minute, far more than it takes
+            if not any(is_alive(worker) for worker in workers):
+                break
+            time.sleep(0.1)
+        self.assertEqual([worker for worker in workers if is_alive(worker)], [])
 
-    def test_a_stream_that_nobody_reads_on_leaves_no_worker(self):
+    def test_a_stream_that_is_closed_leaves_no_worker(self):
         image_folder(self.root)
         images = data.load("imagenet", self.root, res=32)
         batches = data.train_batches(images, torch.arange(15), 4, 1000, workers=2)
@@ -2347,19 +2323,22 @@ class TestFingerprint(TemporaryFolder):
         images.x[7, 1, 3, 3] ^= 1
         self.assertNotEqual(images.fingerprint(), before)
 
-    def test_names_change_with_number_name_class_and_label_but_not_with_pixels(self):
-        before = self.load()
+    def test_names_do_not_change_with_pixels(self):
+        before = self.load().names()
         gradient_picture(90).save(self.file)
-        self.assertEqual(self.load().names(), before.names())
+        self.assertEqual(self.load().names(), before)
+
+    def test_names_change_with_label_file_name_class_and_number_of_images(self):
+        digests = {self.load().names()}
         other_label = self.load()
         other_label.y[0] = 2
+        digests.add(other_label.names())
         renamed = self.file.rename(self.file.with_name("dog9.JPEG"))
-        other_name = self.load()
-        renamed.rename(self.root / "data/train/cat/dog9.JPEG")
-        other_class = self.load()
-        (self.root / "data/train/cat/dog9.JPEG").unlink()
-        fewer = self.load()
-        digests = {images.names() for images in (before, other_label, other_name, other_class, fewer)}
+        digests.add(self.load().names())
+        moved = renamed.rename(self.root / "data/train/cat/dog9.JPEG")
+        digests.add(self.load().names())
+        moved.unlink()
+        digests.add(self.load().names())
         self.assertEqual(len(digests), 5)
 
     def test_names_tell_two_folders_in_a_class_apart(self):
@@ -2369,15 +2348,6 @@ class TestFingerprint(TemporaryFolder):
             shutil.copy(self.file, nested)
             shutil.copytree(self.root / "data/train/dog", self.root / name / "train/dog")
         self.assertNotEqual(self.load("one").names(), self.load("two").names())
-
-    def test_it_says_how_far_it_is(self):
-        calls = []
-
-        def progress(*numbers):
-            calls.append(numbers)
-
-        self.load().fingerprint(progress)
-        self.assertEqual(calls, [(n_done, 15) for n_done in range(1, 16)])
 
     def test_a_file_that_cannot_be_read_is_named(self):
         images = self.load()
@@ -2407,7 +2377,7 @@ class TestShrink(TemporaryFolder):
     def pictures(self):
         """{relative name: bytes} of what is in TO, without the record."""
         found = files_below(self.target)
-        found.pop(".shrink")
+        del found[".shrink"]
         return found
 
     def test_every_picture_is_there_by_its_name_and_no_shorter_side_is_above_short(self):
@@ -2431,7 +2401,7 @@ class TestShrink(TemporaryFolder):
         for name in ("train/cat/cat0.JPEG", "train/cat/wide.JPEG"):
             self.assertEqual((self.target / name).read_bytes(), (self.source / name).read_bytes())
 
-    def test_the_loader_sees_what_it_saw(self):
+    def test_the_loader_sees_in_a_shrunk_picture_what_it_saw_in_the_large_one(self):
         self.shrink()
         resize = torchvision.transforms.Resize(64, data.LANCZOS)
         for name, most in (("cmyk.JPEG", 1.5), ("grey.JPEG", 1.5), ("palette.png", 0), ("alpha.png", 0),
@@ -2460,7 +2430,8 @@ class TestShrink(TemporaryFolder):
         (self.target / "val/dog/grey.JPEG").unlink()
         (self.target / "val/dog/cmyk.JPEG").write_text("finished")
         text, code = self.shrink()
-        self.assertEqual((text.splitlines()[0], code), ("10 of 11 pictures are there already", 0))
+        self.assertEqual(code, 0)
+        self.assertIn("10 of 11 pictures are there already", text)
         self.assertEqual((self.target / "val/dog/cmyk.JPEG").read_text(), "finished")
         self.assertEqual(self.pictures()["val/dog/grey.JPEG"], expected["val/dog/grey.JPEG"])
 
@@ -2524,10 +2495,11 @@ class TestShrink(TemporaryFolder):
         interrupted = mock.Mock(side_effect=[b"first", b"second", KeyboardInterrupt])
         with mock.patch("data.smaller", interrupted):
             _, sentence = self.shrink()
-        self.assertEqual(sentence, "stopped; the same command goes on")
+        self.assertIn("the same command goes on", sentence)
         self.assertEqual(len(self.pictures()), 2)
         text, code = self.shrink()
-        self.assertEqual((text.splitlines()[0], code), ("2 of 11 pictures are there already", 0))
+        self.assertEqual(code, 0)
+        self.assertIn("2 of 11 pictures are there already", text)
 
 
 # train
@@ -2537,7 +2509,7 @@ def flags_of(text):
     return train.get_args(text.split())
 
 
-class TestTrainFlags(unittest.TestCase):
+class TestTrainFlags(TemporaryFolder):
     def test_recipes_are_the_papers(self):
         baseline = dict(  # Sec. 3.1
             data="imagenet", arch="resnet50", act="silu", epochs=100, batch_size=1024, lr=0.4, wd=1e-4,
@@ -2585,28 +2557,15 @@ class TestTrainFlags(unittest.TestCase):
                 self.assertIn(name, train.RANGES)
 
     def test_wrong_flags_get_one_sentence_and_leave_no_run(self):
-        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         for text, words in (
-                ("--eps -1", "--eps"),
-                ("--eps nan", "--eps"),
-                ("--steps -1", "--steps"),
-                ("--step-size inf", "--step-size"),
+                ("--eps nan", "--eps nan is out of range"),
                 ("--step-size 0", "--step-size 0 is no attack"),
-                ("--clean-start 2", "--clean-start"),
-                ("--lr 0", "--lr"),
-                ("--warmup-epochs inf", "--warmup-epochs"),
                 ("--batch-size 10 --accum 3", "use 9 or 12"),
-                ("--seed -1", "--seed"),
-                ("--workers -1", "--workers"),
-                ("--val-every 0", "--val-every"),
-                ("--holdout -5", "--holdout"),
-                ("--early-stop --holdout 0", "use --holdout 1000"),
-                ("--bn-eps 0", "--bn-eps"),
-                ("--res 8", "--res"),
+                ("--early-stop --holdout 0", "--early-stop needs held-out images"),
+                ("--early-stop --limit 9", "--early-stop needs held-out images"),
                 ("--stochastic-depth 0.2", "EfficientNet"),
                 ("--act-alpha 2 --act silu", "silu has no alpha"),
                 ("--smooth-backward both --act silu", "use --act relu"),
-                ("--smooth-backward attacker --act silu", "use --act relu"),
                 ("--compile --dtype bf16 --device cpu", "use --dtype fp32 or --no-compile"),
                 ("--device tpu", "--device tpu"),
                 ("--device mps", "--device mps"),
@@ -2614,17 +2573,16 @@ class TestTrainFlags(unittest.TestCase):
                 ("--download", "cifar10"),
                 ("--init nowhere.pt", "no file nowhere.pt")):
             with self.subTest(text):
-                out = folder / "none"
-                flags = ["--data", "shapes", "--res", 16, "--out", out, *text.split()]
-                _, code = quietly(train.main, *flags)
-                self.assertRegex(str(code), rf"\A.*{words}.*\Z")
-                self.assertGreater(len(code.split()), 5)
-                if out.exists():  # it was locked, but there is nothing that a later run would refuse
-                    self.assertEqual({len(content) for content in contents(out).values()}, {0})
+                flags = ["--data", "shapes", "--res", 16, "--out", self.root / "run", *text.split()]
+                _, sentence = quietly(train.main, *flags)
+                assert_sentence(self, sentence, words)
+                # An empty log is fine: it was locked, and a later run does not refuse it
+                for content in files_below(self.root).values():
+                    self.assertEqual(content, b"")
 
     def test_an_empty_out_is_refused(self):
-        _, code = quietly(train.main, "--data", "shapes", "--out", " ")
-        self.assertRegex(code, "--out is empty")
+        _, sentence = quietly(train.main, "--data", "shapes", "--out", " ")
+        assert_sentence(self, sentence, "--out is empty")
 
     def test_ctrl_c_before_the_first_step_ends_with_a_sentence(self):
         with mock.patch("data.load", side_effect=KeyboardInterrupt):
@@ -2659,7 +2617,7 @@ class TestTrainPieces(unittest.TestCase):
         args = flags_of("--data shapes --eps 3 --step-size 2 --steps 5")
         torch.manual_seed(7)
         x_adv = train.attack(args, view, x, y)
-        torch.manual_seed(7)
+        torch.manual_seed(7)  # the same start
         noise = torch.empty_like(x).uniform_(-3 / 255, 3 / 255)
         expected = pgd(view, x, y, eps=3 / 255, step_size=2 / 255, steps=5, noise=noise)
         self.assertTrue(torch.equal(x_adv, expected))
@@ -2688,10 +2646,13 @@ class TestTrainPieces(unittest.TestCase):
         logits[3] = math.nan
         y = torch.arange(7)
         loss_sum, n_errors, n_images, n_not_finite = train.batch_sums(logits, y).tolist()
-        losses = [-logits[i].double().log_softmax(0)[i].item() for i in range(7) if i != 3]
-        wrong = [i for i in range(7) if i != 3 and logits[i].argmax() != i]
-        self.assertAlmostEqual(loss_sum, sum(losses), 5)
-        self.assertIn(n_errors - len(wrong), (0, 1))  # whichever class NaN is
+        expected_sum = 0.0
+        n_wrong = 0
+        for i in (0, 1, 2, 4, 5, 6):
+            expected_sum -= logits[i].double().log_softmax(0)[i].item()
+            n_wrong += int(logits[i].argmax() != i)
+        self.assertAlmostEqual(loss_sum, expected_sum, 5)
+        self.assertIn(n_errors - n_wrong, (0, 1))  # NaN may count as an error or not
         self.assertEqual((n_images, n_not_finite), (7, 1))
 
     def test_the_average_follows_its_formula_buffers_too(self):
@@ -2715,7 +2676,6 @@ class TestTrainPieces(unittest.TestCase):
     def test_the_first_signal_asks_to_stop_and_a_second_interrupt_ends_at_once(self):
         for number in (signal.SIGINT, signal.SIGTERM):
             self.addCleanup(signal.signal, number, signal.getsignal(number))
-        for number in (signal.SIGINT, signal.SIGTERM):
             with self.subTest(number):
                 stop_asked = train.listen()
                 self.assertFalse(stop_asked.is_set())
@@ -2723,7 +2683,7 @@ class TestTrainPieces(unittest.TestCase):
                 self.assertTrue(stop_asked.is_set())
                 self.assertEqual(signal.getsignal(signal.SIGINT), signal.SIG_DFL)
 
-    def test_what_changed_in_the_data_of_a_run_is_said(self):
+    def test_a_change_in_the_data_of_a_run_is_named(self):
         args = flags_of("--data shapes")
         facts = dict(n_images=120, classes=["cat", "dog"], names="12ab")
         saved = {**vars(args), **facts, "unknown": 1}
@@ -2735,26 +2695,30 @@ class TestTrainPieces(unittest.TestCase):
                 clause, = train.differences(saved, args, facts | change)
                 self.assertRegex(clause, words)
 
-    def test_a_changed_flag_is_said_with_both_values_but_free_ones_may_change(self):
+    def test_a_changed_flag_is_named_with_both_values_but_free_ones_may_change(self):
         facts = dict(n_images=120, classes=["cat"], names="12ab")
         saved = {**vars(flags_of("--data shapes")), **facts}
         changed = flags_of("--data shapes --wd 4 --workers 3 --out other --resume --log-every 7")
         self.assertEqual(train.differences(saved, changed, facts), ["--wd 0.0005 (now 4.0)"])
 
 
-class RunCase(unittest.TestCase):
-    """Tests that train into a temporary folder."""
+class OneLayer(nn.Module):
+    """A network of a fork: no BatchNorm, one layer."""
 
-    def setUp(self):
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory(prefix="out put é")))
-        self.out = self.folder / "run"
+    def __init__(self, args, num_classes):
+        super().__init__()
+        self.fc = nn.Linear(3 * args.res**2, num_classes)
 
-    def train(self, *flags):
-        """Train with TINY and more flags -> what was printed, the exit code or sentence."""
-        return quietly(train.main, *TINY, "--out", self.out, *flags)
+    def forward(self, x):
+        return self.fc(x.flatten(1))
 
-    def copy_of_a_run(self):
-        return shutil.copytree(a_run(), self.out, dirs_exist_ok=True)
+
+class TrainCase(RunCase):
+    """Tests that train."""
+
+    def train(self, *flags, out=None):
+        """Train with TINY and more flags, into self.out -> what was printed, exit code or sentence."""
+        return quietly(train.main, *TINY, "--out", out or self.out, *flags)
 
     def assert_same_weights(self, weights, expected):
         self.assertEqual(list(weights), list(expected))
@@ -2762,33 +2726,36 @@ class RunCase(unittest.TestCase):
             self.assertTrue(torch.equal(weights[name], tensor), name)
 
 
-class TestRun(RunCase):
-    """What a finished run leaves in its folder."""
+class TestRun(TrainCase):
+    """What a run does, and what it leaves in its folder."""
 
     def test_its_files_are_those_of_the_docstring(self):
-        self.assertEqual(set(contents(a_run())), set(train.RUN_FILES))
+        self.assertEqual(set(files_below(a_run())), set(train.RUN_FILES))
         for name in train.RUN_FILES:
             self.assertIn(name, train.__doc__)
 
     def test_every_step_has_the_schedules_learning_rate(self):
         args = train.get_args(TINY)
-        expected = [train.lr_at(args, epoch, step, 25) for epoch in range(3) for step in range(25)]
+        places = itertools.product(range(3), range(25))  # (epoch, step)
+        expected = [train.lr_at(args, epoch, step, 25) for epoch, step in places]
         logged = [line["lr"] for line in log_of(a_run(), "step")]
         np.testing.assert_allclose(logged, expected)
 
     def test_the_loss_and_error_of_an_epoch_are_the_means_of_its_steps(self):
         steps = log_of(a_run(), "step")
-        for number, epoch in enumerate(log_of(a_run(), "epoch")):
-            own = steps[25 * number:25 * number + 25]
-            self.assertEqual({line["epoch"] for line in own}, {number + 1})
+        for line in log_of(a_run(), "epoch"):
+            its_steps = [step for step in steps if step["epoch"] == line["epoch"]]
+            self.assertEqual(len(its_steps), 25)
             for name in ("loss", "error"):
-                self.assertAlmostEqual(epoch[name], np.mean([line[name] for line in own]), 5)
+                self.assertAlmostEqual(line[name], np.mean([step[name] for step in its_steps]), 5)
 
-    def test_a_step_is_one_line_with_fixed_fields(self):
-        lines = (a_run() / "log.txt").read_text().splitlines()
-        form = (r"epoch   3/3 \| step    25/25 \| loss  \d\.\d{4} \| adv [ \d]\d\.\d\d% \| lr \d\.\d{4} "
-                r"\| [ \d]{5} img/s \| wait [ \d]\d% \| eta 0m00s")
-        self.assertEqual(len([line for line in lines if re.fullmatch(form, line)]), 1)
+    def test_every_step_is_one_line_and_its_fields_stand_in_the_same_columns(self):
+        lines = [line for line in (a_run() / "log.txt").read_text().splitlines() if "| step" in line]
+        self.assertEqual(len(lines), 75)
+        columns = set()
+        for line in lines:
+            columns.add(tuple(match.start() for match in re.finditer(r"\|", line)))
+        self.assertEqual(len(columns), 1)
 
     def test_args_json_has_all_flags_and_what_describes_the_data(self):
         saved = json.loads((a_run() / "args.json").read_text())
@@ -2824,25 +2791,24 @@ class TestRun(RunCase):
         self.assertGreater(log_of(a_run(), "val")[-1]["robust"], 0.15)  # chance: 0.1
 
     def test_runs_that_differ_in_the_activation_see_the_same_images_starts_and_first_weights(self):
-        seen = {}
+        flags = "--smooth-backward none --no-ema --holdout 0 --lr 1e-12".split()
+        images = {"silu": [], "gelu": []}
+        draws = {"silu": [], "gelu": []}
+        first_weights = {}
         for act in ("silu", "gelu"):
-            seen[act] = []
-
             def look(args, model, x, y):
-                seen[act].append((x, torch.rand(5)))
+                images[act].append(x)
+                draws[act].append(torch.rand(5))  # what a random start would be made of
                 return x
 
             with mock.patch("train.attack", look), before_step(0, 3, terminate):
-                flags = f"--act {act} --smooth-backward none --no-ema --holdout 0 --lr 1e-12".split()
-                quietly(train.main, *TINY, *flags, "--out", self.folder / act)
-            seen[act].append(load_file(self.folder / act / "last.prev.pt")["model"]["conv1.weight"])
-        *silu_steps, silu_weight = seen["silu"]
-        *gelu_steps, gelu_weight = seen["gelu"]
-        self.assertEqual((len(silu_steps), len(gelu_steps)), (4, 4))
-        for (silu_x, silu_draw), (gelu_x, gelu_draw) in zip(silu_steps, gelu_steps):
-            self.assertTrue(torch.equal(silu_x, gelu_x))
-            self.assertTrue(torch.equal(silu_draw, gelu_draw))
-        self.assertTrue(torch.equal(silu_weight, gelu_weight))
+                self.train("--act", act, *flags, out=self.root / act)
+            state = load_file(self.root / act / "last.prev.pt")  # of the start: last.pt is of the stop
+            first_weights[act] = state["model"]["conv1.weight"]
+        self.assertEqual(len(images["silu"]), 4)
+        self.assertTrue(torch.equal(torch.stack(images["silu"]), torch.stack(images["gelu"])))
+        self.assertTrue(torch.equal(torch.stack(draws["silu"]), torch.stack(draws["gelu"])))
+        self.assertTrue(torch.equal(first_weights["silu"], first_weights["gelu"]))
 
     def test_every_step_draws_anew(self):
         draws = []
@@ -2856,14 +2822,14 @@ class TestRun(RunCase):
         self.assertEqual((len(draws), len(set(draws))), (8, 8))
 
     def test_the_smooth_backward_flag_reaches_the_views_it_names(self):
-        for who, attacker, optimizer in (("none", False, False), ("attacker", True, False),
-                                         ("optimizer", False, True), ("both", True, True)):
+        for who, attacker_is_smooth, optimizer_is_smooth in (
+                ("none", False, False), ("attacker", True, False),
+                ("optimizer", False, True), ("both", True, True)):
             with self.subTest(who), mock.patch("train.attacker_view", side_effect=SystemExit) as view:
-                flags = f"--data shapes --res 16 --act relu --smooth-backward {who}".split()
-                quietly(train.main, *flags, "--out", self.folder / who)
+                self.train("--smooth-backward", who, out=self.root / who)
                 (net,), settings = view.call_args
-                self.assertEqual(settings, dict(smooth_backward=attacker))
-                self.assertEqual(net.act.smooth_backward, optimizer)
+                self.assertEqual(settings, dict(smooth_backward=attacker_is_smooth))
+                self.assertEqual(net.act.smooth_backward, optimizer_is_smooth)
 
     def test_validation_is_of_the_network_without_a_smooth_backward_pass(self):
         views = []
@@ -2879,15 +2845,57 @@ class TestRun(RunCase):
         self.assertFalse(of_validation.act.smooth_backward)
 
 
-class TestRunFolder(RunCase):
+    def test_float16_trains_as_float32_does(self):
+        flags = "--limit 64 --epochs 2 --holdout 0 --no-ema --dtype".split()
+        losses = {}
+        for dtype in ("fp32", "fp16"):
+            _, code = self.train(*flags, dtype, out=self.root / dtype)
+            self.assertIsNone(code)
+            losses[dtype] = [line["loss"] for line in log_of(self.root / dtype, "step")]
+        np.testing.assert_allclose(losses["fp16"], losses["fp32"], atol=0.05)
+
+    def test_parts_of_a_batch_add_up_to_the_whole(self):
+        flags = "--limit 64 --epochs 1 --holdout 0 --no-ema --smooth-backward none --lr 0.5 --steps 0"
+        flags = flags.split()
+        weights = {}
+        for accum in (1, 2, 8):
+            out = self.root / str(accum)
+            with mock.patch("train.network", OneLayer):  # BatchNorm would see the size of the parts
+                self.train(*flags, "--accum", accum, out=out)
+            weights[accum] = load_file(out / "model.pt")["fc.weight"]
+        torch.manual_seed(0)
+        fresh = OneLayer(train.get_args(TINY), 10).fc.weight
+        self.assertGreater((weights[1] - fresh).abs().max(), 0.01)
+        for accum in (2, 8):
+            with self.subTest(accum=accum):
+                self.assertLess((weights[accum] - weights[1]).abs().max(), 1e-6)
+
+    def test_a_crash_with_loader_workers_ends_at_once_and_leaves_none_behind(self):
+        pictures = image_folder(self.root / "pictures")
+        program = ("import sys, train\n"
+                   "def crash(*_):\n"
+                   "    raise RuntimeError('a crash on purpose')\n"
+                   "train.lr_at = crash\n"
+                   "train.main()")
+        flags = ("--data imagenet --arch resnet8 --res 32 --workers 1 --batch-size 4 --epochs 9 "
+                 "--holdout 0 --device cpu").split()
+        command = [sys.executable, "-c", program, *flags, "--data-dir", pictures, "--out", self.out]
+        # Workers inherit the pipe: as long as one lives, reading it does not end
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                              timeout=60)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("a crash on purpose", done.stderr)
+
+
+class TestRunFolder(TrainCase):
     """Nothing that a run has written is ever written over by accident."""
 
     def assert_refused_and_untouched(self, words, *flags):
         """Training into self.out must end with one sentence and leave every byte as it was."""
-        before = contents(self.out)
-        _, code = self.train(*flags)
-        self.assertRegex(str(code), rf"\A.*{words}.*\Z")
-        self.assertEqual(contents(self.out), before)
+        before = files_below(self.out)
+        _, sentence = self.train(*flags)
+        assert_sentence(self, sentence, words)
+        self.assertEqual(files_below(self.out), before)
 
     def test_a_folder_that_holds_a_run_is_refused_without_resume(self):
         self.copy_of_a_run()
@@ -2904,11 +2912,10 @@ class TestRunFolder(RunCase):
         (self.out / "args.json").write_text(json.dumps(saved | {"names": "other"}))
         self.assert_refused_and_untouched("other file names or other labels", "--resume")
 
-    def test_a_finished_run_says_so_and_keeps_its_weights(self):
+    def test_resuming_a_finished_run_changes_nothing(self):
         self.copy_of_a_run()
-        text, code = self.train("--resume")
+        _, code = self.train("--resume")
         self.assertIsNone(code)
-        self.assertIn("finished epoch 3", text)
         for name in ("model.pt", "best.pt", "args.json", "log.jsonl"):
             self.assertEqual((self.out / name).read_bytes(), (a_run() / name).read_bytes())
 
@@ -2917,10 +2924,10 @@ class TestRunFolder(RunCase):
             with self.subTest(survivor):
                 shutil.rmtree(self.out, ignore_errors=True)
                 self.out.mkdir()
+                for name in ("log.txt", "log.jsonl"):  # empty, as the command that is refused makes them
+                    (self.out / name).touch()
                 for name in ("args.json", survivor):
                     shutil.copy(a_run() / name, self.out)
-                for name in ("log.txt", "log.jsonl"):
-                    (self.out / name).touch()
                 self.assert_refused_and_untouched(f"{survivor}.*no checkpoint to go on from", "--resume")
 
     def test_a_damaged_checkpoint_gives_way_to_the_one_before(self):
@@ -2929,8 +2936,7 @@ class TestRunFolder(RunCase):
         (self.out / "last.pt").write_bytes(whole[:len(whole) // 2])
         text, code = self.train("--resume")
         self.assertIsNone(code)
-        self.assertRegex(text, "last.pt is damaged.*: going on from .*last.prev.pt")
-        self.assertIn("finished", text)
+        self.assertRegex(text, "last.pt is damaged.*going on from .*last.prev.pt")
         weights = load_file(self.out / "last.pt")["model"]
         self.assert_same_weights(weights, load_file(a_run() / "last.pt")["model"])
 
@@ -2940,23 +2946,23 @@ class TestRunFolder(RunCase):
             (self.out / name).write_bytes(b"garbage")
         self.assert_refused_and_untouched("damaged.*nothing to go on from", "--resume")
 
-    def test_a_checkpoint_that_is_something_else_is_refused(self):
+    def test_a_file_that_is_no_checkpoint_is_refused(self):
         self.copy_of_a_run()
         (self.out / "last.prev.pt").unlink()
         shutil.copy(self.out / "model.pt", self.out / "last.pt")
         self.assert_refused_and_untouched("last.pt is no checkpoint", "--resume")
-        state = load_file(a_run() / "last.pt")
+
+    def test_a_checkpoint_of_another_network_is_refused(self):
+        self.copy_of_a_run()
+        state = load_file(self.out / "last.pt")
         state["model"] = build("resnet20", num_classes=10, small_input=True).state_dict()
         torch.save(state, self.out / "last.pt")
         self.assert_refused_and_untouched("not of the network in args.json", "--resume")
 
     def test_a_damaged_args_json_is_refused(self):
         self.copy_of_a_run()
-        texts = {"truncated": '{"data": "sha', "empty": "", "null": "null", "a list": "[]"}
-        for name, text in texts.items():
-            with self.subTest(name):
-                (self.out / "args.json").write_text(text)
-                self.assert_refused_and_untouched("args.json (is damaged|holds no)", "--resume")
+        (self.out / "args.json").write_text('{"data": "sha')
+        self.assert_refused_and_untouched("args.json is damaged", "--resume")
 
     def test_the_first_checkpoint_is_written_before_the_first_step(self):
         with before_step(0, 0, crash), self.assertRaisesRegex(RuntimeError, "on purpose"):
@@ -2977,21 +2983,21 @@ class TestRunFolder(RunCase):
     def test_an_out_that_is_a_file_is_refused(self):
         self.out.write_text("a file")
         _, code = self.train()
-        self.assertRegex(code, r"\Acannot write into .*; choose another --out\Z")
+        assert_sentence(self, code, "cannot write into .*choose another --out")
 
     def test_a_full_disk_ends_the_run_with_one_sentence_and_the_old_checkpoint_whole(self):
         fill = partial(fill_the_disk, self, 100_000)  # a log fits, a checkpoint does not
         with before_step(1, 1, fill):
             _, code = self.train(*"--limit 64 --holdout 0".split())
-        self.assertRegex(code, r"\Acannot write .*last.pt \(.*disk full.*--resume\Z")
+        assert_sentence(self, code, "cannot write .*last.pt .*disk full.*--resume")
         self.assertEqual(load_file(self.out / "last.pt")["epoch"], 1)
         self.assertEqual([path.name for path in self.out.glob("*.part")], [])
 
     def test_a_disk_that_is_full_from_the_start_leaves_nothing_that_a_later_run_refuses(self):
         fill_the_disk(self, 100)
         _, code = self.train()
-        self.assertRegex(code, r"\Acannot write .*args.json \(.*disk full.*same command again\Z")
-        self.assertEqual({len(content) for content in contents(self.out).values()}, {0})
+        assert_sentence(self, code, "cannot write .*args.json .*disk full.*same command")
+        self.assertEqual(set(files_below(self.out).values()), {b""})
 
     def test_a_log_that_cannot_be_written_ends_with_one_sentence(self):
         self.out.mkdir()
@@ -3001,7 +3007,7 @@ class TestRunFolder(RunCase):
             refuses(self, SystemExit, "cannot write the log .*disk full", log, "a line")
 
 
-class TestResume(RunCase):
+class TestResume(TrainCase):
     """A run that was killed or stopped is, bit for bit, the run that was not."""
 
     def assert_same_run(self, folder, expected):
@@ -3013,7 +3019,7 @@ class TestResume(RunCase):
         if expected_state["ema"] is not None:
             self.assert_same_weights(state["ema"], expected_state["ema"])
         for kind, name in (("epoch", "loss"), ("epoch", "error"), ("val", "clean"), ("val", "robust")):
-            # An epoch that was logged again, since a kill came before its save, has its last line
+            # A kill before an epoch's save lets the epoch be logged twice: its last line counts
             logged = {line["epoch"]: line[name] for line in log_of(folder, kind)}
             expected_log = {line["epoch"]: line[name] for line in log_of(expected, kind)}
             self.assertEqual(logged, expected_log)
@@ -3028,7 +3034,7 @@ class TestResume(RunCase):
             process.kill()
         with before_step(2, 20, terminate):
             text, code = self.train("--resume", "--save-every", "0.002")
-        self.assertEqual(code, 75, f"killed after {killed_at} steps: {text}")
+        self.assertEqual(code, 75, f"killed after {killed_at} steps: {text}")  # 75: go on with --resume
         self.assertRegex(text, r"going on at epoch \d, step \d")
         self.assertIn("stopped at epoch 3, step 21; go on with --resume", text)
         text, code = self.train("--resume")
@@ -3060,22 +3066,22 @@ class TestResume(RunCase):
         self.assertIsNone(code)
         self.assertEqual([line["epoch"] for line in log_of(self.out, "val")], [1, 2, 3])
 
-    def test_a_fork_with_adamw_goes_on_exactly(self):
+    def test_another_optimizer_goes_on_exactly_too(self):
         def adamw(groups, lr, **settings):
             return torch.optim.AdamW(groups, lr)
 
         flags = "--limit 64 --epochs 2 --holdout 0 --lr 0.01 --no-ema --act smoothrelu".split()
         flags += ["--smooth-backward", "none"]
         with mock.patch("torch.optim.SGD", adamw):
-            quietly(train.main, *TINY, *flags, "--out", self.folder / "whole")
+            self.train(*flags, out=self.root / "whole")
             with before_step(1, 1, terminate):
                 self.train(*flags)
             _, code = self.train(*flags, "--resume")
         self.assertIsNone(code)
-        self.assert_same_run(self.out, self.folder / "whole")
+        self.assert_same_run(self.out, self.root / "whole")
 
     def overflowing_scaler(self):
-        """Inside, float16's gradients are scaled by so much that the first steps overflow."""
+        """While it lasts, float16's gradients are scaled by so much that the first steps overflow."""
         scaler = torch.amp.GradScaler
 
         def too_large(device, enabled):
@@ -3083,28 +3089,19 @@ class TestResume(RunCase):
 
         return mock.patch("torch.amp.GradScaler", too_large)
 
-    def test_float16_trains_as_float32_does(self):
-        flags = "--limit 64 --epochs 2 --holdout 0 --no-ema --dtype".split()
-        losses = {}
-        for dtype in ("fp32", "fp16"):
-            _, code = quietly(train.main, *TINY, *flags, dtype, "--out", self.folder / dtype)
-            self.assertIsNone(code)
-            losses[dtype] = [line["loss"] for line in log_of(self.folder / dtype, "step")]
-        np.testing.assert_allclose(losses["fp16"], losses["fp32"], atol=0.05)
-
     def test_steps_that_float16_skips_are_counted_and_not_skipped_again_after_a_resume(self):
         flags = "--limit 64 --epochs 2 --holdout 0 --no-ema --dtype fp16".split()
         with self.overflowing_scaler():
-            text, _ = quietly(train.main, *TINY, *flags, "--out", self.folder / "whole")
+            text, _ = self.train(*flags, out=self.root / "whole")
             with before_step(1, 2, terminate):
                 self.train(*flags)
             _, code = self.train(*flags, "--resume")
         self.assertIsNone(code)
-        n_skipped = log_of(self.folder / "whole", "epoch")[-1]["skipped"]
+        n_skipped = log_of(self.root / "whole", "epoch")[-1]["skipped"]
         self.assertTrue(0 < n_skipped < 8)
         self.assertIn(f"{n_skipped} steps skipped", text)
         self.assertEqual(log_of(self.out, "epoch")[-1]["skipped"], n_skipped)
-        self.assert_same_run(self.out, self.folder / "whole")
+        self.assert_same_run(self.out, self.root / "whole")
 
 
 class NoSlope(nn.Module):
@@ -3119,7 +3116,7 @@ class NoSlope(nn.Module):
         return self.fc((x + 0 * zero).flatten(1))
 
 
-class TestDivergence(RunCase):
+class TestDivergence(TrainCase):
     """What is not finite stops a run, and is never saved."""
 
     def assert_last_checkpoint_is_finite(self, epoch):
@@ -3128,8 +3125,8 @@ class TestDivergence(RunCase):
         for name, tensor in state["model"].items():
             self.assertTrue(tensor.isfinite().all(), name)
 
-    def test_weights_that_an_update_spoiled_stop_the_run_at_the_next_line_or_save(self):
-        def infinite():
+    def test_weights_that_an_update_spoiled_stop_the_run_at_the_next_log_line_or_save(self):
+        def infinite():  # as the learning rate of one step
             return math.inf
 
         for log_every, step in ((1, 2), (1000, 4)):
@@ -3137,26 +3134,28 @@ class TestDivergence(RunCase):
                 shutil.rmtree(self.out, ignore_errors=True)
                 with before_step(1, 1, infinite):
                     _, code = self.train("--limit", "64", "--log-every", log_every)
-                words = rf"epoch 2, step {step} \(lr .*last good checkpoint: .*last.pt; try a smaller"
-                self.assertRegex(code, rf"\A.*{words} --lr\Z")
+                words = f"epoch 2, step {step} .*last good checkpoint: .*last.pt; try a smaller --lr"
+                assert_sentence(self, code, words)
                 self.assert_last_checkpoint_is_finite(epoch=1)
 
-    def test_a_loss_that_never_was_finite_stops_the_run_and_no_learning_rate_is_blamed(self):
+    def test_a_loss_that_never_was_finite_stops_the_run_and_is_not_blamed_on_the_learning_rate(self):
         def spoil(args, model, x, y):
             return x * math.nan
 
         with mock.patch("train.attack", spoil):
             _, code = self.train("--limit", "64")
-        self.assertRegex(code, r"\A.*epoch 1, step 1 .*last.pt\Z")
+        assert_sentence(self, code, "epoch 1, step 1 .*last.pt")
+        self.assertNotIn("--lr", code)
         self.assert_last_checkpoint_is_finite(epoch=0)
 
     def test_an_input_gradient_that_is_not_finite_stops_the_run(self):
         with mock.patch("train.network", NoSlope):
             _, code = self.train(*"--limit 64 --smooth-backward none".split())
-        self.assertRegex(str(code), r"\A.*not finite at epoch 1, step 1 .*last.pt\Z")
+        assert_sentence(self, code, "not finite at epoch 1, step 1 .*last.pt")
 
     def test_a_collapse_of_robustness_ends_the_run_and_keeps_the_best_weights(self):
         flags = "--no-ema --early-stop --epochs 9 --val-every 1 --limit 64".split()
+        # Images, correct, robust of each epoch: the best is 20 of 30, and 13 of 30 is 23 points below
         counts = [(30, 25, 12), (30, 25, 20), (30, 25, 15), (30, 25, 13), (30, 25, 30)]
         with mock.patch("train.validate", side_effect=counts):
             text, code = self.train(*flags)
@@ -3167,47 +3166,23 @@ class TestDivergence(RunCase):
         best = load_file(self.out / "best.pt")
         self.assert_same_weights(load_file(self.out / "model.pt"), best)
         self.assertFalse(torch.equal(best["fc.weight"], state["model"]["fc.weight"]))
-        text, code = self.train(*flags, "--resume")  # it has ended, whatever the number of epochs
+
+    def test_a_run_that_stopped_early_is_not_resumed(self):
+        flags = "--no-ema --early-stop --epochs 9 --val-every 1 --limit 64".split()
+        with mock.patch("train.validate", side_effect=[(30, 25, 20), (30, 25, 13)]):
+            self.train(*flags)
+        text, code = self.train(*flags, "--resume")
         self.assertIsNone(code)
         self.assertIn("stopped early", text)
 
-    def test_early_stopping_needs_a_held_out_image(self):
-        _, code = self.train("--early-stop", "--limit", "9")
-        self.assertRegex(code, r"\A--early-stop needs held-out images.*\Z")
-
-
-class OneLayer(nn.Module):
-    """A network of a fork: no BatchNorm, one layer."""
-
-    def __init__(self, args, num_classes):
-        super().__init__()
-        self.fc = nn.Linear(3 * args.res**2, num_classes)
-
-    def forward(self, x):
-        return self.fc(x.flatten(1))
-
-
-class TestFork(RunCase):
-    def test_parts_of_a_batch_add_up_to_the_whole(self):
-        flags = "--limit 64 --epochs 1 --holdout 0 --no-ema --smooth-backward none --lr 0.5".split()
-        weights = {}
-        for accum in (1, 2, 8):
-            out = self.folder / str(accum)
-            with mock.patch("train.network", OneLayer):  # BatchNorm would see the size of the parts
-                quietly(train.main, *TINY, *flags, "--steps", 0, "--accum", accum, "--out", out)
-            weights[accum] = load_file(out / "model.pt")["fc.weight"]
-        torch.manual_seed(0)
-        fresh = OneLayer(train.get_args(TINY), 10).fc.weight
-        self.assertGreater((weights[1] - fresh).abs().max(), 0.01)
-        for accum in (2, 8):
-            with self.subTest(accum=accum):
-                self.assertLess((weights[accum] - weights[1]).abs().max(), 1e-6)
+class TestInit(TrainCase):
+    """A run that starts from weights."""
 
     def start_from(self, content, *flags):
-        """Start a run from weights, stop after a step -> its first weights, the text, the code."""
-        torch.save(content, self.folder / "init.pt")
+        """Start a run from the weights in a file, stop after a step -> first weights, text, code."""
+        torch.save(content, self.root / "init.pt")
         with before_step(0, 0, terminate):
-            text, code = self.train("--init", self.folder / "init.pt", *flags)
+            text, code = self.train("--init", self.root / "init.pt", *flags)
         checkpoint = self.out / "last.prev.pt"  # last.pt is that of the stop
         weights = load_file(checkpoint)["model"] if checkpoint.exists() else None
         return weights, text, code
@@ -3219,18 +3194,18 @@ class TestFork(RunCase):
         saved["more"] = torch.zeros(3)
         weights, text, code = self.start_from({"state_dict": saved})
         self.assertEqual(code, 75)
-        self.assertRegex(text, "tensors taken; 2 stay at their initialisation: fc.weight, fc.bias")
+        self.assertIn("2 stay at their initialisation: fc.weight, fc.bias", text)
         torch.manual_seed(0)
         fresh = train.network(train.get_args(TINY), 10).state_dict()
         for name, tensor in weights.items():
             expected = fresh[name] if name.startswith("fc.") else saved[name]
             self.assertTrue(torch.equal(tensor, expected), name)
 
-    def test_resume_needs_the_file_of_init_no_more(self):
+    def test_resume_does_not_need_the_file_of_init(self):
         _, _, code = self.start_from(load_file(a_run() / "model.pt"), "--limit", "64")
         self.assertEqual(code, 75)
-        (self.folder / "init.pt").unlink()
-        text, code = self.train("--init", self.folder / "init.pt", "--limit", "64", "--resume")
+        (self.root / "init.pt").unlink()
+        text, code = self.train("--init", self.root / "init.pt", "--limit", "64", "--resume")
         self.assertIsNone(code)
         self.assertIn("going on at epoch 1, step 1", text)
         saved = json.loads((self.out / "args.json").read_text())
@@ -3238,97 +3213,15 @@ class TestFork(RunCase):
 
     def test_init_from_weights_of_which_nothing_fits_is_refused(self):
         _, _, code = self.start_from({"other.weight": torch.ones(3)})
-        self.assertRegex(str(code), r"\A--init .*no tensor fits this network.*\Z")
+        assert_sentence(self, code, "--init .*no tensor fits this network")
         self.assertFalse((self.out / "args.json").exists())
-
-    def test_a_crash_with_loader_workers_ends_at_once_and_leaves_none_behind(self):
-        pictures = picture_folder(self.folder / "pictures")
-        program = ("import sys, train\n"
-                   "def crash(*_):\n"
-                   "    raise RuntimeError('a crash on purpose')\n"
-                   "train.lr_at = crash\n"
-                   "train.main()")
-        flags = ("--data imagenet --arch resnet8 --res 32 --workers 1 --batch-size 4 --epochs 9 "
-                 "--holdout 0 --device cpu").split()
-        command = [sys.executable, "-c", program, *flags, "--data-dir", pictures, "--out", self.out]
-        # Workers inherit the pipe: as long as one lives, reading it does not end
-        done = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True,
-                              timeout=60)
-        self.assertEqual(done.returncode, 1)
-        self.assertIn("a crash on purpose", done.stderr)
-
-
-class TestTwoRanks(unittest.TestCase):
-    """One torchrun of two processes on gloo does what `two_ranks` below says; the tests look at it."""
-
-    @classmethod
-    def setUpClass(cls):
-        cls.made = Path(cls.enterClassContext(tempfile.TemporaryDirectory(prefix="out put é")))
-        picture_folder(cls.made / "pictures")
-        torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
-        command = [sys.executable, *torchrun, __file__, "two-ranks", str(cls.made)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-        assert done.returncode == 0, done.stderr[-3000:]  # what the ranks assert is there too
-
-    def setUp(self):
-        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        self.out = shutil.copytree(self.made / "two", folder / "two")
-        self.report = json.loads((self.made / "two.json").read_text())
-
-    def measure_alone(self, *flags):
-        """What the two processes measured, in this one -> the report, what was printed."""
-        path = self.out / "one.json"
-        text, code = quietly(evaluate.main, *EVALUATE_TWO, "--out", self.out, "--json", path, *flags)
-        self.assertIsNone(code)
-        return json.loads(path.read_text()), text
-
-    def assert_same_counts(self, report):
-        for name in ("n", "n_correct", "n_robust", "robust_after", "ledger"):
-            self.assertEqual(report[name], self.report[name])
-
-    def test_validation_counts_each_held_out_image_once(self):
-        self.assertEqual({line["n"] for line in log_of(self.out, "val")}, {8})
-
-    def test_evaluation_counts_each_image_once(self):
-        self.assertEqual((self.report["processes"], self.report["n"]), (2, 41))
-        paths = list((self.out / "eval").glob(f"{self.report['ledger']}.*.jsonl"))
-        lines = []
-        for path in paths:
-            lines += [json.loads(text) for text in path.read_text().splitlines()]
-        numbers = sorted(line["index"] for line in lines)
-        self.assertEqual(len(paths), 2)
-        self.assertEqual(numbers, data.subset(1000, 41).tolist())
-        self.assertEqual(self.report["forwards"], sum(line["forwards"] for line in lines))
-
-    def test_one_process_reads_the_ledgers_of_both(self):
-        report, text = self.measure_alone()
-        self.assertIn("41 verdicts are in", text)
-        self.assert_same_counts(report)
-
-    def test_one_process_measures_the_same(self):
-        report, text = self.measure_alone("--fresh")
-        self.assertNotIn("verdicts are in", text)
-        self.assert_same_counts(report)
-
-    def test_one_image_is_enough_for_two_processes_again_too(self):
-        for name in ("first.json", "again.json"):
-            with self.subTest(name):
-                report = json.loads((self.made / name).read_text())
-                self.assertEqual((report["n"], report["processes"]), (1, 2))
-
-    def test_another_number_of_processes_goes_on_and_says_that_it_is_not_exact(self):
-        text, code = quietly(train.main, *TINY, *TWO, "--out", self.out, "--resume")
-        self.assertIsNone(code)
-        self.assertIn("1 processes instead of 2: not bit-exact", text)
-
 
 TWO = "--limit 80 --accum 2".split()
 EVALUATE_TWO = "--limit 41 --steps 4 --batch-size 16".split()
 
 
 def two_ranks(folder):
-    """What each rank of the tests above does: train, train a fork, evaluate, evaluate too few images."""
+    """What each rank does: train, train a fork, evaluate, evaluate too few images."""
     average = train.average_batchnorm_statistics
     attack = train.attack
 
@@ -3348,8 +3241,9 @@ def two_ranks(folder):
             main()
 
     folder = Path(folder)
+    # Each main opens the process group or takes the one that is open, and closes it; here it stays open
     close = dist.destroy_process_group
-    dist.destroy_process_group = print  # each main opens the group, or takes the one that is open
+    dist.destroy_process_group = mock.Mock()
     with mock.patch("train.average_batchnorm_statistics", average_and_compare):
         with mock.patch("train.attack", count_and_attack):
             call(train.main, *TINY, *TWO, "--out", folder / "two")
@@ -3357,7 +3251,7 @@ def two_ranks(folder):
             call(train.main, *TINY, *TWO, "--smooth-backward", "none", "--out", folder / "fork")
     call(evaluate.main, *EVALUATE_TWO, "--out", folder / "two", "--json", folder / "two.json")
 
-    # Fewer images than processes, from files: one has nothing to do, and then neither has
+    # One image for two processes, from a file; the second time its verdict is in the ledger
     weights = folder / "pictures.pt"
     if dist.get_rank() == 0:
         torch.save(build("resnet8", num_classes=3).state_dict(), weights)
@@ -3367,6 +3261,71 @@ def two_ranks(folder):
         call(evaluate.main, *flags, "--weights", weights, "--data-dir", folder / "pictures",
              "--out", folder / "of pictures", "--json", folder / name)
     close()
+
+
+class TestTwoRanks(TemporaryFolder):
+    """One torchrun of two processes on gloo runs `two_ranks`; the tests look at what it has left."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.made = Path(cls.enterClassContext(tempfile.TemporaryDirectory(prefix="out put é")))
+        image_folder(cls.made / "pictures", split="val")
+        torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+        command = [sys.executable, *torchrun, __file__, "two-ranks", str(cls.made)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]  # what the ranks assert is there too
+
+    def setUp(self):
+        super().setUp()
+        self.out = shutil.copytree(self.made / "two", self.root / "two")
+        self.report = json.loads((self.made / "two.json").read_text())
+
+    def measure_alone(self, *flags):
+        """Measure in this process what the two have measured -> the report, what was printed."""
+        path = self.out / "one.json"
+        text, code = quietly(evaluate.main, *EVALUATE_TWO, "--out", self.out, "--json", path, *flags)
+        self.assertIsNone(code)
+        return json.loads(path.read_text()), text
+
+    def assert_same_counts(self, report):
+        for name in ("n", "n_correct", "n_robust", "robust_after", "ledger"):
+            self.assertEqual(report[name], self.report[name])
+
+    def test_validation_counts_each_held_out_image_once(self):
+        self.assertEqual({line["n"] for line in log_of(self.out, "val")}, {8})
+
+    def test_evaluation_counts_each_image_once(self):
+        self.assertEqual((self.report["processes"], self.report["n"]), (2, 41))
+        ledgers = list((self.out / "eval").glob(f"{self.report['ledger']}.*.jsonl"))
+        self.assertEqual(len(ledgers), 2)
+        lines = []
+        for ledger in ledgers:
+            lines += [json.loads(text) for text in ledger.read_text().splitlines()]
+        numbers = sorted(line["index"] for line in lines)
+        self.assertEqual(numbers, data.subset(1000, 41).tolist())
+        self.assertEqual(self.report["forwards"], sum(line["forwards"] for line in lines))
+
+    def test_one_process_reads_the_ledgers_of_both(self):
+        report, text = self.measure_alone()
+        self.assertIn("41 verdicts are in", text)
+        self.assert_same_counts(report)
+
+    def test_one_process_measures_the_same(self):
+        report, text = self.measure_alone("--fresh")
+        self.assertNotIn("verdicts are in", text)
+        self.assert_same_counts(report)
+
+    def test_one_image_is_enough_for_two_processes_in_a_second_evaluation_too(self):
+        for name in ("first.json", "again.json"):
+            with self.subTest(name):
+                report = json.loads((self.made / name).read_text())
+                self.assertEqual((report["n"], report["processes"]), (1, 2))
+
+    def test_another_number_of_processes_goes_on_and_says_that_it_is_not_exact(self):
+        text, code = quietly(train.main, *TINY, *TWO, "--out", self.out, "--resume")
+        self.assertIsNone(code)
+        self.assertIn("1 processes instead of 2: not bit-exact", text)
 
 
 # evaluate
@@ -3396,27 +3355,20 @@ def stops_at_call(n, search):
     return stopped
 
 
-class EvaluateCase(unittest.TestCase):
-    """Tests that evaluate a run, or weights, in a temporary folder."""
-
-    def setUp(self):
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory(prefix="out put é")))
-        self.out = self.folder / "run"
-
-    def copy_of_a_run(self):
-        shutil.copytree(a_run(), self.out)
+class EvaluateCase(RunCase):
+    """Tests that evaluate a run, or weights."""
 
     def weights_for_pictures(self):
         """Untrained weights and an image folder -> the flags that evaluate them."""
         torch.manual_seed(0)
-        torch.save(build("resnet8", num_classes=3).state_dict(), self.folder / "some.pt")
-        pictures = picture_folder(self.folder / "pictures")
+        torch.save(build("resnet8", num_classes=3).state_dict(), self.root / "some.pt")
+        pictures = image_folder(self.root / "pictures", split="val")
         flags = "--arch resnet8 --act relu --data imagenet --res 32 --steps 2 --eps 1".split()
-        return [*flags, "--weights", self.folder / "some.pt", "--data-dir", pictures]
+        return [*flags, "--weights", self.root / "some.pt", "--data-dir", pictures]
 
     def measure(self, text, *flags):
         """Evaluate with the flags of a text, and more -> the report, what was printed."""
-        path = self.folder / "report.json"
+        path = self.root / "report.json"
         printed, code = quietly(evaluate.main, "--out", self.out, "--json", path, *text.split(), *flags)
         self.assertIsNone(code)
         return json.loads(path.read_text()), printed
@@ -3585,7 +3537,7 @@ class TestEvaluateReport(EvaluateCase):
         self.assertIn(warning, text)
 
     def test_the_report_is_written_where_json_says(self):
-        path = self.folder / "missing folder" / "some report.json"
+        path = self.root / "missing folder" / "some report.json"
         flags = "--limit 2 --steps 1".split()
         _, code = quietly(evaluate.main, "--out", self.out, *flags, "--json", path)
         self.assertIsNone(code)
@@ -3674,7 +3626,9 @@ class TestLedger(EvaluateCase):
                     report, text = self.measure(flags)
                 self.assertIn("13 verdicts are in", text)
                 self.assertEqual(n_attacked, 40 - 13)
-                self.assertEqual(report | {"seconds": 0}, expected | {"seconds": 0})
+                self.assertEqual(report["n_timed"], 40 - 13)
+                timing = dict(seconds=0, n_timed=40)
+                self.assertEqual(report | timing, expected | timing)
                 again, _ = self.assert_nothing_is_attacked(flags)
                 self.assertEqual(again, report)
 
@@ -3697,8 +3651,8 @@ class TestLedger(EvaluateCase):
     def test_a_finished_evaluation_of_image_files_answers_with_workers_too(self):
         flags = self.weights_for_pictures()
         expected, _ = self.measure("--workers 1", *flags)
-        self.assertEqual(expected["n"], 12)
-        for text, n in (("--workers 1", 12), ("--workers 0", 12), ("--workers 1 --limit 2", 2)):
+        self.assertEqual(expected["n"], 15)
+        for text, n in (("--workers 1", 15), ("--workers 0", 15), ("--workers 1 --limit 2", 2)):
             with self.subTest(text):
                 report, _ = self.assert_nothing_is_attacked(text, *flags)
                 self.assertEqual(report["n"], n)
@@ -3717,10 +3671,10 @@ class TestLedger(EvaluateCase):
     def test_fresh_beside_a_running_evaluation_leaves_its_ledger_alone(self):
         self.copy_of_a_run()
         report, _ = self.measure("--limit 9 --steps 2")
-        before = contents(self.out / "eval")
+        before = files_below(self.out / "eval")
         with locked_by_another_process(self.out / "eval" / f"{report['ledger']}.lock"):
             self.assert_refused("another evaluation writes", *"--limit 9 --steps 2 --fresh".split())
-        self.assertEqual(contents(self.out / "eval"), before)
+        self.assertEqual(files_below(self.out / "eval"), before)
 
     def test_lines_that_are_no_verdicts_are_refused(self):
         self.copy_of_a_run()
@@ -3793,7 +3747,7 @@ class TestIdentity(EvaluateCase):
     def test_another_picture_under_the_same_name_gives_another_ledger(self):
         flags = self.weights_for_pictures()
         report, _ = self.measure("--workers 0", *flags)
-        picture = self.folder / "pictures" / "val" / "dog" / "dog1.JPEG"
+        picture = self.root / "pictures" / "val" / "dog" / "dog1.JPEG"
         Image.new("RGB", (48, 40)).save(picture)
         other, text = self.measure("--workers 0", *flags)
         self.assertNotEqual(other["images"], report["images"])
@@ -3810,8 +3764,8 @@ class TestIdentity(EvaluateCase):
 
     def digest_of_copy(self, file="attacks.py", old="", new=""):
         """The code's digest in a copy of the project in which one file is edited."""
-        copy = Path(tempfile.mkdtemp(dir=self.folder))
-        for path in Path(evaluate.__file__).parent.glob("*.py"):
+        copy = Path(tempfile.mkdtemp(dir=self.root))
+        for path in ROOT.glob("*.py"):
             shutil.copy(path, copy)
         text = (copy / file).read_text()
         self.assertIn(old, text)
@@ -3847,11 +3801,11 @@ class TestEvaluateInput(EvaluateCase):
     """Where the network and the data come from, and what is refused."""
 
     def test_weights_and_flags_alone_are_enough(self):
-        shutil.copy(a_run() / "model.pt", self.folder / "alone.pt")
-        shutil.copytree(a_run(), self.folder / "trained")
+        shutil.copy(a_run() / "model.pt", self.root / "alone.pt")
+        shutil.copytree(a_run(), self.root / "trained")
         flags = "--arch resnet8 --act relu --data shapes --res 16 --limit 20 --steps 2"
-        report, _ = self.measure(flags, "--weights", self.folder / "alone.pt")
-        self.out = self.folder / "trained"
+        report, _ = self.measure(flags, "--weights", self.root / "alone.pt")
+        self.out = self.root / "trained"
         expected, _ = self.measure("--limit 20 --steps 2")
         for name in ("n_correct", "n_robust", "robust_after", "hash", "ledger"):
             self.assertEqual(report[name], expected[name])
@@ -3938,9 +3892,9 @@ class TestEvaluateInput(EvaluateCase):
     def test_places_that_cannot_be_written_get_one_sentence(self):
         self.copy_of_a_run()
         short = ["--limit", 2, "--steps", 1]
-        self.assert_refused("--json .* is a folder", *short, "--json", self.folder)
-        (self.folder / "file").write_text("")
-        below_a_file = self.folder / "file" / "report.json"
+        self.assert_refused("--json .* is a folder", *short, "--json", self.root)
+        (self.root / "file").write_text("")
+        below_a_file = self.root / "file" / "report.json"
         self.assert_refused("cannot make the folder", *short, "--json", below_a_file)
         (self.out / "eval").write_text("a file")
         self.assert_refused("cannot make the folder", *short)
@@ -3956,7 +3910,8 @@ class TestEvaluateInput(EvaluateCase):
         resource.setrlimit(resource.RLIMIT_FSIZE, most)
         report, text = self.measure("--limit 40 --steps 1")
         self.assertRegex(text, r"\A1\d verdicts are in")
-        self.assertEqual(report | {"seconds": 0}, expected | {"seconds": 0})
+        timing = dict(seconds=0, n_timed=40)
+        self.assertEqual(report | timing, expected | timing)
 
     def test_ctrl_c_ends_with_the_command_that_goes_on(self):
         self.copy_of_a_run()
@@ -4224,10 +4179,7 @@ def run_folder(root, name, clean, robust_at, seed=0, eps=8, images="pictures", c
     return folder
 
 
-class TestCompare(unittest.TestCase):
-    def setUp(self):
-        self.root = Path(self.enterContext(tempfile.TemporaryDirectory(prefix="out put é")))
-
+class TestCompare(TemporaryFolder):
     def folders(self, name, seeds, shift=0.0, n=200, **settings):
         """Runs of some seeds; `shift` is how much likelier a verdict is right."""
         folders = []
@@ -4533,14 +4485,12 @@ def comparison(difference, low, high, what="robust"):
     return dict(comparisons=[row])
 
 
-class InAnEmptyFolder(unittest.TestCase):
+class InAnEmptyFolder(TemporaryFolder):
     """The working folder is an empty one, so that default paths can be seen."""
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(folder.name)
+        super().setUp()
+        self.enterContext(contextlib.chdir(self.root))
 
 
 class TestFigure(unittest.TestCase):
@@ -4979,9 +4929,6 @@ class TestLandscapeAndGallery(InAnEmptyFolder):
 
 
 # README
-
-ROOT = Path(__file__).resolve().parent
-
 
 def blocks(text, language=""):
     """The fenced blocks of a language in a Markdown text."""
