@@ -52,7 +52,7 @@ class SmoothReLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, alpha):
         ctx.save_for_backward(x, alpha)
-        r = F.relu(x).to(alpha.dtype)  # float32: alpha * x overflows float16 above x = 164
+        r = F.relu(x).to(alpha.dtype)  # at least float32: float16 overflows at alpha * x = 400 * 164
         value = r - torch.log1p(alpha * r) / alpha
         return value.to(x.dtype)
 
@@ -63,7 +63,7 @@ class SmoothReLUFunction(torch.autograd.Function):
         slope = alpha * r / (1 + alpha * r)  # Eq. 6
         grad_x = (grad * slope).to(x.dtype)
         grad_alpha = None
-        if ctx.needs_input_grad[1]:  # never in the attack
+        if ctx.needs_input_grad[1]:  # not in the attack, where alpha is frozen
             slope_in_alpha = (torch.log1p(alpha * r) / alpha - r / (1 + alpha * r)) / alpha
             grad_alpha = (grad * slope_in_alpha).sum()
         return grad_x, grad_alpha
@@ -88,14 +88,14 @@ class SmoothReLU(nn.Module):
         return f"alpha={self.alpha.item():.4g}"
 
 
-# Where beta * x > threshold, torch's softplus returns x: 2e-9 off at its default of 20, exact at 40
+# torch's softplus returns x itself above this beta * x; its default, 20, makes a jump of 2e-9
 Softplus = partial(nn.Softplus, threshold=40)
 
 # A new curve is a class here and, if it has an alpha, its default below
 ACTIVATIONS = {
     "relu": ReLU,
-    "softplus": Softplus,  # Sec. 4.1
-    "psoftplus": Softplus,  # Parametric Softplus, Eq. 2
+    "softplus": Softplus,  # Sec. 4.1, alpha 1
+    "psoftplus": Softplus,  # Parametric Softplus, Eq. 2, with the alpha below
     "silu": nn.SiLU,  # Sec. 4.1
     "gelu": nn.GELU,  # Sec. 4.1, x Phi(x) exactly
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),  # the released code's GELU
@@ -114,7 +114,7 @@ DEFAULT_ALPHA = {
 
 
 def make_act(name, alpha=None, smooth_backward=False):
-    """One fresh activation module, never in place. alpha: its sharpness; None for the paper's value.
+    """One fresh activation module, never in place. alpha: the curve's parameter; None: the paper's.
 
     SystemExit for an unknown name, an alpha that is not positive or that the curve does not have, and a
     smooth backward pass (Sec. 3.2) with anything but relu.
@@ -123,16 +123,14 @@ def make_act(name, alpha=None, smooth_backward=False):
         raise SystemExit(f"--act {name} is unknown; use one of {', '.join(ACTIVATIONS)}")
     if smooth_backward and name != "relu":
         raise SystemExit(f"--smooth-backward is for ReLU, {name} has its own gradient; use --act relu")
-    if alpha is None:
-        alpha = DEFAULT_ALPHA.get(name)
-    elif name not in DEFAULT_ALPHA:
+    if alpha is not None and name not in DEFAULT_ALPHA:
         having = ", ".join(DEFAULT_ALPHA)
         raise SystemExit(f"--act {name} has no alpha; drop --act-alpha, or use one of {having}")
-    elif not 0 < alpha < math.inf:
+    if alpha is not None and not 0 < alpha < math.inf:
         raise SystemExit(f"--act-alpha {alpha:g} is not positive; the paper has {DEFAULT_ALPHA[name]:g}")
 
     if smooth_backward:
         return ReLU(smooth_backward=True)
-    if alpha is None:
+    if name not in DEFAULT_ALPHA:
         return ACTIVATIONS[name]()
-    return ACTIVATIONS[name](alpha)
+    return ACTIVATIONS[name](DEFAULT_ALPHA[name] if alpha is None else alpha)

@@ -5,10 +5,12 @@ The adversary: L-infinity attacks as pure functions on pixels.
 No attack switches the model's mode or computes a gradient of its weights. None touches torch's random
 state, except `pgd` where it is given no `noise`.
 
-The first line is for training, the second measures, the third doubts what the second measured:
+To train, to measure, and to measure with a stronger attack (index: (N,), the images' numbers):
 >>> x_adv = pgd(net.eval(), x, y, eps=8 / 255, step_size=2 / 255, steps=10)
 >>> x_adv, report = pgd_search(net.eval(), x, y, eps=8 / 255, step_size=2 / 255, steps=50, index=index)
 >>> x_adv, report = autoattack(net.eval(), x, y, eps=8 / 255, index=index)
+
+"As x" in a docstring: of x's shape, type and device.
 
 Keys: PGD is Madry et al. 2018 (arXiv:1706.06083), SAT is arXiv:2006.14536, AA is Croce & Hein 2020
 (arXiv:2003.01690), FAB is Croce & Hein 2020b (arXiv:1907.02044), SQ is Andriushchenko et al. 2020
@@ -25,7 +27,8 @@ STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack is these, in t
 # First word of the counter given to uniform, so that no two attacks draw the same numbers
 START, APGD, SQUARE = 0, 1, 2
 LOSS_SCALE = 2.0**7  # the released code's, for float16; a power of two is exact in every other precision
-SQUARE_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000)  # queries that halve the square's area (AA)
+# Queries that halve the square's area (AA)
+SQUARE_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
 # Randomness belongs to the image, not to the batch
@@ -49,9 +52,9 @@ def uniform(seed, index, counter, shape):
     """
     if not isinstance(counter, tuple):
         counter = (counter,)
-    key = mix(torch.full_like(index, seed))  # mixed by itself: else seed 1 is seed 0, three images later
+    key = mix(torch.full_like(index, seed))
     for word in (index, *counter):
-        key = mix(key * 3 + word + 1)
+        key = mix(key * 3 + word + 1)  # an odd factor, so that the order of the words matters
     n_numbers = torch.Size(shape).numel()
     z = torch.arange(1, n_numbers + 1, device=index.device)
     z = z * -0x61C8864680B583EB + key[:, None]  # SplitMix64's increments, a stream per image
@@ -64,7 +67,7 @@ def random_start(x, eps, seed, index, restart=0):
     return (2 * uniform(seed, index, (START, restart), x.shape[1:]) - 1) * eps
 
 
-# What every attack needs: valid arguments, the box and the ball, a loss and its slope
+# What every attack needs: valid arguments, the box and the ball, a loss and its gradient
 
 def check_arguments(model, x, y):
     """ValueError for what makes any attack look weak: train mode, pixels outside [0, 1], wrong types."""
@@ -101,9 +104,10 @@ def ball(x, eps):
 
 
 def input_gradient(model, x, loss):
-    """Logits (N, K) float32, and the gradient of `loss(logits)`, (N,), with respect to x, as x.
+    """-> logits (N, K) float32; the gradient of the summed loss with respect to x, as x.
 
-    The loss is scaled on the way back, so that float16 does not underflow; the slope returned is not.
+    `loss(logits)` is (N,). It is scaled for the backward pass, so that float16 does not underflow, and
+    the gradient is scaled back.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -141,10 +145,11 @@ def margin(logits, y):
 # PGD
 
 def pgd(model, x, y, eps, step_size, steps, noise=None, loss=cross_entropy, check=True):
-    """Projected gradient ascent on `loss(logits, y)`, (N,) (PGD, SAT Sec. 3.1) -> x_adv, last iterate.
+    """Projected gradient ascent, PGD (SAT Sec. 3.1) -> x_adv, the last iterate, as x.
 
-    eps, step_size: fractions of [0, 1]. noise: the start's offset, as x; None for a fresh uniform one.
-    ValueError as `check_arguments`; without `check` nothing is refused, nothing waits for the device.
+    It climbs `loss(logits, y)`, (N,). eps, step_size: fractions of [0, 1]. noise: the start's offset,
+    as x; None for a fresh uniform one. ValueError as `check_arguments`; check=False spares the device's
+    wait for these checks.
     """
     if check:
         check_arguments(model, x, y)
@@ -181,13 +186,13 @@ class Search:
         self.progress = progress
         self.x_adv = x.clone()  # what fools the model, x where nothing was found
         self.fooled = torch.zeros_like(y, dtype=torch.bool)
-        self.forwards = torch.zeros_like(y)  # how many the image has cost
+        self.forwards = torch.zeros_like(y)  # forward passes spent on each image
         lower, upper = ball(x, eps)
         row = torch.arange(len(y), device=y.device)  # where among the N images
         self.rest = SimpleNamespace(row=row, x=x, y=y, lower=lower, upper=upper, x_adv=x)
 
     def until_all_fooled(self, n_steps):
-        """0 to n_steps - 1, or until no image remains; each is told to `progress`, which may raise."""
+        """0 to n_steps - 1, or until no image remains; `progress` is told each and may raise."""
         for step in range(n_steps):
             n_undecided = len(self.rest.y)
             if n_undecided == 0:
@@ -208,7 +213,9 @@ class Search:
             return claimed
         self.forwards[self.rest.row[chosen]] += 1
         guess = predict(self.verify(self.rest.x_adv[chosen]))
-        return claimed.index_put((chosen,), guess != self.rest.y[chosen])
+        confirmed = claimed.clone()
+        confirmed[chosen] = guess != self.rest.y[chosen]
+        return confirmed
 
     def leave(self, fooled):
         """Images that are fooled, (n,) bool, leave with their x_adv -> their rows among the N images."""
@@ -226,7 +233,7 @@ class Search:
 
 
 def search_gradient(model, x, loss):
-    """`input_gradient` for a search, which has to go on: a slope that is not finite becomes 0."""
+    """`input_gradient` for a search, which has to go on: what is not finite becomes 0."""
     logits, grad = input_gradient(model, x, loss)
     return logits, grad.nan_to_num_(0, 0, 0)
 
@@ -248,9 +255,11 @@ def pgd_search(model, x, y, eps, step_size, steps, index, restarts=1, seed=0, ve
                last_iterate=False, progress=None):
     """PGD that asks at every iterate, the start too, whether it fools the model -> x_adv, report.
 
-    report is a dict: clean (N,) int64, the class of x, -1 for NaN; restart and step (N,) int64, of the
-    first iterate that fools, -1 where none does; robust (N,) bool; forwards (N,) int64, all that the
-    image cost. x_adv is the iterate that fools, or x. Images that are wrong on x are not attacked.
+    x_adv is the iterate that fools, or x. Images that are wrong on x are not attacked. report is a dict:
+      clean          (N,) int64: the class of x, -1 for NaN
+      restart, step  (N,) int64: where the first iterate that fools was found, -1 where none was
+      robust         (N,) bool
+      forwards       (N,) int64: forward passes spent on the image
 
     `last_iterate` is SAT's protocol: every image takes all steps from one start, x_adv is the last
     iterate, robust its verdict, and robust_at (N, steps + 1) bool the verdict of every iterate; restart
@@ -355,18 +364,18 @@ def apgd(model, x, y, eps, index, seed=0, target=None, loss=cross_entropy, resta
             return loss(logits, rest.y)
         return loss(logits, rest.y, rest.target)
 
-    noise = 2 * uniform(seed, index, (APGD, restart), x.shape[1:]) - 1
+    noise = 2 * uniform(seed, index.to(x.device), (APGD, restart), x.shape[1:]) - 1
     start = x + eps * noise / per_image(linf(noise))
     rest.x_adv = torch.clamp(start, rest.lower, rest.upper)
     rest.x_before = rest.x_adv
     rest.x_best = rest.x_adv
     rest.grad_best = torch.zeros_like(x)
-    worst = torch.full_like(linf(x), -torch.inf)
+    worst = x.new_full((len(x),), -torch.inf)
     rest.loss = -worst  # so that the first iterate does not count as a step up
     rest.loss_best = worst
     rest.loss_checked = worst  # loss_best at the last checkpoint
     rest.n_up = torch.zeros_like(y)  # steps since then that went up
-    rest.halved = torch.ones_like(y, dtype=torch.bool)  # the step size, at the last checkpoint
+    rest.halved = torch.ones_like(y, dtype=torch.bool)  # whether the last checkpoint halved the step
     rest.step_size = torch.full_like(worst, 2 * eps)
     checks = checkpoints(steps)
     last_check = 0
@@ -416,17 +425,18 @@ def to_hyperplane(x, w, gap, iterations=6):
     """The smallest L-inf step inside the box that raises <w, x> by gap, (N,) -> as x (FAB).
 
     Every pixel moves by `reach` or until it meets the box, so <w, step> is concave in the reach: Newton
-    finds it from below without sorting pixels. If the plane misses the box, it steps to a corner.
+    finds it from below without sorting pixels, in float32 exactly after six iterations. If the plane
+    misses the box, it steps to a corner.
     """
     gap = gap.nan_to_num(0, 0, 0)  # logits that are not finite define no plane
     direction = w.sign() * per_image(gap.sign())
     room = torch.where(direction > 0, 1 - x, x)
-    w = w.abs()
+    weight = w.abs()
     reach = torch.zeros_like(gap)
     for _ in range(iterations):
         moved = torch.minimum(room, per_image(reach))
-        missing = gap.abs() - (w * moved).sum((1, 2, 3))
-        slope = (w * (room > per_image(reach))).sum((1, 2, 3))
+        missing = gap.abs() - (weight * moved).sum((1, 2, 3))
+        slope = (weight * (room > per_image(reach))).sum((1, 2, 3))
         further = reach + missing.clamp(min=0) / slope
         reach = torch.where(slope > 0, further, reach).clamp(max=1)
     return direction * torch.minimum(room, per_image(reach))
@@ -490,18 +500,18 @@ def square(model, x, y, eps, index, seed=0, queries=5000, p=0.8, verify=None, pr
     C, H, W = x.shape[1:]
     rows = torch.arange(H, device=x.device)
     columns = torch.arange(W, device=x.device)
-    stripes = uniform(seed, index, (SQUARE, 0), (C, 1, W)) < 0.5
-    rest.index = index
+    rest.index = index.to(x.device)
+    stripes = uniform(seed, rest.index, (SQUARE, 0), (C, 1, W)) < 0.5
     rest.x_adv = torch.where(stripes, rest.lower, rest.upper)
     rest.x_best = x
-    rest.margin_best = torch.full_like(linf(x), -torch.inf)
+    rest.margin_best = x.new_full((len(x),), -torch.inf)
 
     for query in search.until_all_fooled(queries + 1):  # the stripes, then squares
         logits = model(rest.x_adv).float()
         search.forwards[rest.row] += 1
-        height = margin(logits, rest.y)
-        better = height > rest.margin_best  # NaN is above nothing
-        rest.margin_best = torch.where(better, height, rest.margin_best)
+        current = margin(logits, rest.y)
+        better = current > rest.margin_best  # NaN is above nothing
+        rest.margin_best = torch.where(better, current, rest.margin_best)
         rest.x_best = torch.where(per_image(better), rest.x_adv, rest.x_best)
         fooled = search.confirm(predict(logits) != rest.y)
         search.leave(fooled)
@@ -530,7 +540,7 @@ def square(model, x, y, eps, index, seed=0, queries=5000, p=0.8, verify=None, pr
 # AutoAttack
 
 def blind_spots(logits, again, grad):
-    """What blinds attacks, from logits (N, K), those of a second call, and the slope -> [warning]."""
+    """What blinds attacks, from logits (N, K), of a second call, and the input gradient -> [warning]."""
     warnings = []
     finite = logits.isfinite().all(1)
     n_broken = int((~finite).sum())
@@ -577,9 +587,12 @@ def autoattack(model, x, y, eps, index, seed=0, verify=None, attacks=STANDARD, p
                queries=5000):
     """The attacks in AA's order, each on the images that none has fooled yet -> x_adv, report.
 
-    x_adv is x where nothing was found. report is a dict: clean (N,) int64, the class of x, -1 for NaN;
-    fooled_by [N], a name or None; forwards (N,) int64, all that the image cost; attacks, {"clean" or
-    name: {"seconds", "forwards", "fooled"}}; warnings, [str], each "reason: sentence".
+    x_adv is x where nothing was found. report is a dict:
+      clean      (N,) int64: the class of x, -1 for NaN
+      fooled_by  [N]: the name of an attack, or None
+      forwards   (N,) int64: forward passes spent on the image
+      attacks    {"clean" or name: {"seconds", "forwards", "fooled"}}
+      warnings   [str], each "reason: sentence"
 
     verify: the float32 model, where `model` runs in less. `progress(name, step, n_steps, n_undecided)`
     is called at every step and may raise. ValueError as `check_arguments`, and for an unknown attack.
@@ -597,7 +610,7 @@ def autoattack(model, x, y, eps, index, seed=0, verify=None, attacks=STANDARD, p
     spent = {}
     warnings = []
     report = dict(clean=y, fooled_by=fooled_by, forwards=forwards, attacks=spent, warnings=warnings)
-    if len(y) == 0:
+    if len(y) == 0:  # without images, clean is as empty as y
         return x_adv, report
 
     # The clean images: which are right, which classes are next, and whether attacks can see the model
@@ -627,12 +640,12 @@ def autoattack(model, x, y, eps, index, seed=0, verify=None, attacks=STANDARD, p
     targeted_loss = targeted_dlr
     if n_classes == 3:
         targeted_loss = targeted_cross_entropy
-        few = "targeted DLR needs 4, the model has 3; apgd-t ran targeted cross-entropy"
+        note = "targeted DLR needs 4, the model has 3; apgd-t ran targeted cross-entropy"
     elif n_classes < 3:
         n_attempts["apgd-t"] = 0
-        few = f"apgd-t skipped, with {n_classes} it would only repeat apgd-ce"
+        note = f"apgd-t skipped, with {n_classes} it would only repeat apgd-ce"
     if n_classes <= 3 and "apgd-t" in attacks:
-        warnings.append(f"few classes: {few}")
+        warnings.append(f"few classes: {note}")
 
     for name in STANDARD:
         if name not in attacks:

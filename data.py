@@ -43,12 +43,12 @@ from attacks import uniform
 
 BICUBIC = T.InterpolationMode.BICUBIC  # everywhere, as in SAT's code
 AUGMENT = 1  # first word of uniform's counter; APGD uses 1 too, but never on training images
-SHAPES_SEED = -1  # of the pictures themselves: no start and no crop may repeat their numbers
+SHAPES_SEED = -1  # of the pictures; attacks and crops have seeds from 0 on, so they never share numbers
 MOST_UNREADABLE = 100  # in a row: the disk is at fault, not a file
 
 
 def key(*words):
-    """63 bits that stand for any words: a generator's seed, as key(seed, epoch, index), or a digest."""
+    """A 63-bit hash of its arguments: a generator's seed, as key(seed, epoch, index), or a digest."""
     digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -72,7 +72,7 @@ class Images:
     def file(self, index):
         return self.root / str(self.paths[index])
 
-    def names(self):
+    def names_hash(self):
         """A hex digest of which images these are and of their labels, not of their pixels."""
         names = []
         if self.paths is not None:
@@ -85,7 +85,7 @@ class Images:
         `progress(n_done, n)` is called as the files are read.
         """
         digest = hashlib.sha256()
-        digest.update(self.names().encode())
+        digest.update(self.names_hash().encode())
         if self.x is not None:
             digest.update(self.x.cpu().contiguous().numpy().tobytes())
             return digest.hexdigest()[:12]
@@ -118,7 +118,7 @@ def reason(error):
     return str(error) or type(error).__name__
 
 
-# The terminal (here, since this is the first file that has something to say)
+# The terminal
 
 def show(text):
     """A line on the terminal that the next one overwrites; nothing unless stdout is a terminal."""
@@ -146,12 +146,12 @@ def duration(seconds):
 # The three data sets
 
 @dataclass(frozen=True)
-class DataSet:
+class DataSpec:
     """All that depends on the data set."""
 
     load: Callable  # (folder, train, res, download) -> Images
     folder: str  # unless --data-dir names another
-    res: int  # by default; None: the network's own
+    res: int  # the default resolution; None: the network's own
     least_res: int
     most_res: int
     small_input: bool  # networks get a 3x3 stem without max-pool
@@ -179,11 +179,11 @@ def load(name, data_dir=None, train=True, res=32, classes=None, download=False, 
     folder = Path(data_set.folder if data_dir is None else data_dir)
     images = data_set.load(folder, train, res, download)
     if classes is not None:
-        unknown = [name for name in images.classes if name not in classes]
+        unknown = [own for own in images.classes if own not in classes]
         if unknown:
             raise SystemExit(f"{folder} has unknown classes, e.g. {unknown[0]}; the model knows "
                              f"{len(classes)}, e.g. {classes[0]}; give the --data-dir of its training")
-        position = torch.tensor([classes.index(name) for name in images.classes])
+        position = torch.tensor([classes.index(own) for own in images.classes])
         images.y = position[images.y]
         images.classes = classes
     if len(images.classes) < 2:
@@ -216,7 +216,7 @@ class VisibleImages(ImageFolder):
 
 
 def is_picture(path):
-    """Is this path, relative to its data set, a picture's? Hidden ones, as ._cat.jpg, are none."""
+    """Whether a path, relative to its data set, has a picture's ending and no hidden part."""
     hidden = any(part.startswith(".") for part in path.split(os.sep))
     return path.lower().endswith(IMG_EXTENSIONS) and not hidden
 
@@ -259,11 +259,11 @@ def shapes(folder, train, res, download):
 
 
 DATA_SETS = {
-    "imagenet": DataSet(imagenet, "data/imagenet", res=None, least_res=32, most_res=4096,
+    "imagenet": DataSpec(imagenet, "data/imagenet", res=None, least_res=32, most_res=4096,
                         small_input=False, eps=4, step_size=1, steps=200, eval_batch=256),
-    "cifar10": DataSet(cifar10, "data", res=32, least_res=32, most_res=32, small_input=True,
+    "cifar10": DataSpec(cifar10, "data", res=32, least_res=32, most_res=32, small_input=True,
                        eps=8, step_size=2, steps=50, eval_batch=512, can_download=True),
-    "shapes": DataSet(shapes, "", res=32, least_res=16, most_res=1024, small_input=True,
+    "shapes": DataSpec(shapes, "", res=32, least_res=16, most_res=1024, small_input=True,
                       eps=8, step_size=2, steps=50, eval_batch=512),
 }
 
@@ -321,6 +321,7 @@ def draw_shapes(n, res, train):
 
     The shape, and its hue a little, is the cue that survives an attack. A grating of 4/255, whose
     frequency depends on the class, is the one that does not (cf. Ilyas et al. 2019, arXiv:1905.02175).
+    The numbers were found by trial: a net trained with an attack withstands it, a normal one does not.
     """
     x = torch.empty(n, 3, res, res, dtype=torch.uint8)
     y = torch.arange(n) % len(SHAPES)
@@ -329,13 +330,13 @@ def draw_shapes(n, res, train):
     column = torch.arange(res)
     channel = torch.arange(3)[:, None, None, None]
     for index in torch.arange(n).split(max(1, 2**20 // res**2)):  # bounded memory at any resolution
-        # Three of the sixteen are unused; fewer would draw other pictures
-        draws = uniform(SHAPES_SEED, index, (split, 0), (16,)).T[..., None, None]  # -> (16, N, 1, 1)
+        # The one that is unused stays: without it the pictures would change
+        draws = uniform(SHAPES_SEED, index, (split, 0), (14,)).T[..., None, None]  # -> (14, N, 1, 1)
         (left, top, scale, angle, _, slope_u, slope_v, phase_row, phase_column, tone,
-         red, green, blue, contrast, _, _) = draws
+         red, green, blue, contrast) = draws
 
         # Where each pixel lies in the shape's own axes: moved, turned, scaled
-        share = y[index, None, None] / len(SHAPES)  # the class's place in [0, 1)
+        place = y[index, None, None] / len(SHAPES)  # the class's, in [0, 1)
         size = 0.5 + 0.2 * scale
         turn = 0.6 * angle - 0.3
         moved_x = (column + 0.5) * 2 / res - 0.85 - 0.3 * left
@@ -349,12 +350,12 @@ def draw_shapes(n, res, train):
         inside = (0.5 - edge * size * res / 2).clamp(0, 1)  # an edge one pixel wide, not jagged
 
         # Its colour, the ground it stands on, the grating over both, and noise
-        hue = 2 * math.pi * (share + 0.4 * tone - 0.2)
+        hue = 2 * math.pi * (place + 0.4 * tone - 0.2)
         tint = 1 + 0.5 * torch.cos(hue - 2 * math.pi / 3 * channel)  # (3, N, 1, 1)
         ground = 0.15 + 0.2 * torch.stack([red, green, blue])
         ground = ground + 0.1 * (u * (slope_u - 0.5) + v * (slope_v - 0.5))
-        frequency = math.pi * (0.5 + 0.5 * share)  # radians per pixel
-        waves_down = torch.cos(frequency * row + 6.3 * phase_row)
+        frequency = math.pi * (0.5 + 0.5 * place)  # radians per pixel
+        waves_down = torch.cos(frequency * row + 6.3 * phase_row)  # 6.3 is about 2 pi
         grating = waves_down * torch.cos(frequency * column + 6.3 * phase_column)
         image = ground + inside * (0.16 + 0.28 * contrast) * tint + 4 / 255 * grating  # (3, N, res, res)
         noise = 0.1 * uniform(SHAPES_SEED, index, (split, 1), (3, res, res)) - 0.05
@@ -378,7 +379,7 @@ def subset(n, limit=None):
 
 
 def hold_out(n, limit=None, holdout=0):
-    """Numbers of the images to train on, and of those held out, at most a tenth of `limit`."""
+    """Numbers of the images to train on, and of those held out, at most a tenth of all in use."""
     most = min(n, limit or n) // 10
     n_train = n - min(holdout, most)
     order = fixed_order(n)
@@ -389,14 +390,14 @@ def epoch_batches(members, epoch, seed, batch_size, world=1):
     """The epoch's global batches, a list of index tensors of batch_size each, in the epoch's order.
 
     A short last batch is dropped. An epoch smaller than one batch is a single batch, cut to a multiple
-    of `world`. One image per process is too few: BatchNorm needs two.
+    of `world`; with less than two images per process there is none.
     """
     shuffle = torch.Generator().manual_seed(key(seed, epoch))
     order = members[torch.randperm(len(members), generator=shuffle)]
     if len(order) >= batch_size:
         return [batch for batch in order.split(batch_size) if len(batch) == batch_size]
     order = order[: len(order) // world * world]
-    return [order] if len(order) > world else []
+    return [order] if len(order) > world else []  # BatchNorm needs two images on each process
 
 
 def train_batches(images, members, batch_size, epochs, seed=0, start=(0, 0), rank=0, world=1, workers=0,
@@ -566,11 +567,11 @@ def loader_workers(workers, images, world):
     if images.x is not None:
         return 0
     cores_each = n_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return max(1, min(12, cores_each - 1))
+    return max(1, min(12, cores_each - 1))  # more than a dozen take memory and rarely help
 
 
 def leave_session(_):
-    """Neither Ctrl-C nor torchrun's signals reach a worker: the main process decides when it ends."""
+    """Put a worker into a session of its own: Ctrl-C reaches only the main process, which ends it."""
     os.setsid()
 
 

@@ -1,15 +1,17 @@
 """
-Measure clean and robust accuracy, exactly.
+Measure clean and robust accuracy, image by image.
 
 After `python train.py ...`; network, weights and data come from the run's folder:
 $ python evaluate.py --steps 200 --eps 4
-The number to quote, and SAT's protocol (arXiv:2006.14536) on 8 GPUs with any state dict:
+The number to quote:
 $ python evaluate.py --attack autoattack
+SAT's protocol (arXiv:2006.14536), here on 8 GPUs and for weights from elsewhere:
 $ torchrun --nproc_per_node=8 evaluate.py --last-iterate --weights FILE --arch resnet50 --act silu
 
-An image counts as robust only if no iterate of any restart fools the model. Its verdict is a function
+An image counts as robust only if no iterate of any restart fools the model, or, in SAT's protocol, if
+the last iterate does not. Its verdict is a function
 of the weights, the attack and the image; rounding aside, no batch size, order or number of processes
-changes it. Verdicts are kept in a ledger under OUT/eval, one JSON line an image: a stopped evaluation
+changes it. Verdicts are kept in a ledger under OUT/eval, one JSON line per image: a stopped evaluation
 goes on with the same command, and a finished one only reads the images to see that they are the same.
 
 Keys: SAT is the paper; its sections are numbered as there.
@@ -60,7 +62,7 @@ def get_args(argv=None):
     p.add_argument("--data-dir", help="default: the run's, or data/imagenet, or data")
     p.add_argument("--arch", help="default: the run's; " + ", ".join(MODELS))
     p.add_argument("--act", help="default: the run's")
-    p.add_argument("--act-alpha", type=float, help="its sharpness; default: the run's")
+    p.add_argument("--act-alpha", type=float, help="the curve's parameter; default: the run's")
     p.add_argument("--bn-eps", type=float, help="default: the run's; torchvision's b5 to b7: 1e-3")
     p.add_argument("--res", type=int, help="pixels; default: the run's, or the network's own")
     p.add_argument("--limit", type=int, help="images: the first of one fixed permutation; default: all")
@@ -71,7 +73,8 @@ def get_args(argv=None):
     p.add_argument("--step-size", type=float, help="of PGD, in 1/255; default: imagenet 1, else 2")
     p.add_argument("--restarts", type=int, help="random starts of PGD to withstand; default: 1")
     p.add_argument("--last-iterate", action="store_true", help="SAT's protocol: the last decides")
-    p.add_argument("--smooth-backward", default="none", choices=["none", "attacker"], help="Sec. 3.2")
+    p.add_argument("--smooth-backward", default="none", choices=["none", "attacker"],
+                   help="attacker: through ReLU with a smooth gradient (SAT Sec. 3.2)")
     p.add_argument("--seed", type=int, default=0, help="of the random starts")
     # how
     p.add_argument("--dtype", default="fp32", choices=["fp32", "tf32", "bf16", "fp16"],
@@ -118,14 +121,14 @@ def make_folder(folder):
 def find_run(args):
     """Network and data: flags first, then the args.json beside the weights -> namespace.
 
-    From args.json come what describes the network and the data, never the training attack, batch, limit,
-    seed, dtype or smooth backward pass. SystemExit where something is missing or damaged.
+    args.json says which network and which data, and nothing about the attack or the numerics: those of
+    training do not count here. SystemExit where something is missing or damaged.
     """
     folder = Path(args.weights).parent if args.weights else Path(args.out)
     train_args = None
     if (folder / "args.json").exists():
         train_args = read_json(folder / "args.json")
-        saved = dict(train_args)  # a copy: other data clears some of it
+        saved = dict(train_args)  # a copy: the report shows train_args as they were
     elif args.weights is None:
         raise SystemExit(f"no run in {folder} (no args.json); train one, python train.py --data shapes, "
                          "or give --weights FILE --arch ARCH --act ACT --data DATA")
@@ -134,7 +137,7 @@ def find_run(args):
              f"--weights {args.weights} needs the --arch and --act that it was trained with")
         saved = {"data": args.data or "imagenet"}
     if args.data is not None and args.data != saved.get("data"):
-        saved.update(data_dir=None, res=None, small_input=None)  # other data has its own
+        saved.update(data_dir=None, res=None)  # other data has its own
 
     # A flag that is given wins over what the run was trained with
     run = SimpleNamespace()
@@ -159,12 +162,13 @@ def find_run(args):
         run.res = data_set.res
     if run.res is None:
         run.res = MODELS[run.arch].res if run.arch in MODELS else 224
-    kinds = dict(arch=str, act=str, act_alpha=float | None, res=int, bn_eps=float, small_input=bool,
+    types = dict(arch=str, act=str, act_alpha=float | None, res=int, bn_eps=float, small_input=bool,
                  data_dir=str | None, classes=list | None)
-    for name, kind in kinds.items():
+    for name, wanted in types.items():
         value = getattr(run, name)
-        need(isinstance(value, kind), f"{source} is damaged ({name} is {value!r}); restore it, or move "
-             "the weights to another folder and give --weights with --arch, --act and --data")
+        need(isinstance(value, wanted),
+             f"{source} is damaged ({name} is {value!r}); restore it, or move the weights to another "
+             "folder and give --weights with --arch, --act and --data")
     return run
 
 
@@ -190,6 +194,7 @@ def code_digest():
     """A hex digest of the code that decides a verdict: an edited comment does not change it.
 
     It is of the syntax trees of activations.py, models.py, attacks.py and the evaluation transform.
+    This file is not among them: it only counts.
     """
     sources = [inspect.getsource(module) for module in (activations, models, attacks)]
     sources += [inspect.getsource(function) for function in (data.eval_transform, data.to_rgb)]
@@ -200,10 +205,10 @@ def code_digest():
     return digest.hexdigest()[:12]
 
 
-# The ledger: a JSON line an image, one file a process
+# The ledger: one JSON line per image, one file per process
 
 # Of PGD:                {"index": 7, "label": 3, "clean": 3, "forwards": 12, "fooled": [restart, step]}
-# of its last iterate:   {..., "robust_at": "1100"}, a digit for every step, 1 where it does not fool
+# of its last iterate:   {..., "robust_at": "1100"}, one digit per step, 1 where it does not fool
 # of APGD, AutoAttack:   {..., "fooled": "square"}; null where an image is not fooled, here as above
 # beside the verdicts:   {"warning": "reason: sentence"}
 
@@ -225,7 +230,7 @@ def read_ledger(folder, name):
     warnings = []
     for path in sorted(folder.glob(f"{name}.*.jsonl")):
         try:
-            *texts, _ = path.read_text().split("\n")  # after the last newline: torn, or empty
+            texts = path.read_text().split("\n")[:-1]  # after the last newline: nothing, or a torn line
             lines = [json.loads(text) for text in texts]
         except ValueError:
             lines = [None]  # refused below
@@ -242,8 +247,8 @@ def read_ledger(folder, name):
 class Ledger:
     """The verdicts so far, by any number of processes, and this process's file to go on in.
 
-    One lock, of the first process, keeps two evaluations from writing one ledger. It is asked for before
-    anything is read or deleted.
+    Rank 0 holds a lock, so that two evaluations cannot write one ledger; it takes it before anything is
+    read or deleted.
     """
 
     def __init__(self, folder, name, rank, fresh):
@@ -264,8 +269,8 @@ class Ledger:
             dist.barrier()  # nobody writes while others read
         path = folder / f"{name}.{rank}.jsonl"
         self.file = open(path, "a", buffering=1)
-        whole = path.read_bytes().rfind(b"\n") + 1
-        self.file.truncate(whole)  # without a line torn by a kill
+        end_of_lines = path.read_bytes().rfind(b"\n") + 1
+        self.file.truncate(end_of_lines)  # without a line torn by a kill
 
     def write(self, line):
         try:
@@ -305,14 +310,14 @@ def verdict_lines(index, y, report):
 # Counts
 
 def wilson(k, n, z=1.959964):
-    """95% interval of a fraction of which k of n were seen (Wilson 1927) -> [low, high]."""
+    """95% interval of a proportion, seen in k of n cases (Wilson 1927) -> [low, high]."""
     if n == 0:
         return [0.0, 1.0]
     p = k / n
-    z2 = z * z / n
-    middle = p + z2 / 2
-    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
-    return [max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))]
+    z2_n = z * z / n
+    middle = p + z2_n / 2
+    half = z * math.sqrt(p * (1 - p) / n + z2_n / (4 * n))
+    return [max(0.0, (middle - half) / (1 + z2_n)), min(1.0, (middle + half) / (1 + z2_n))]
 
 
 def tally(lines, steps):
@@ -329,7 +334,7 @@ def tally(lines, steps):
         n_correct += is_correct
         if "robust_at" in line:
             robust_at = [digit == "1" for digit in line["robust_at"]]
-            n_robust += robust_at[-1]
+            n_robust += robust_at[-1]  # whatever the verdict on the clean image
         else:
             n_robust += is_correct and line["fooled"] is None
             first_fooled = steps + 1  # the first iterate of the first restart that fools; none yet
@@ -403,7 +408,7 @@ def report_lines(report):
         after = [f"{k}: {100 * report['robust_after'][k] / n:.2f}%" for k in marks]
         yield "after     " + "  ".join(after)
     for name, n_fooled in report.get("fooled_by", {}).items():
-        yield f"{name:<9} {-100 * n_fooled / n:6.2f}%  {n_fooled} fooled"
+        yield f"{name:<9} {-100 * n_fooled / n:6.2f}%  {n_fooled} fooled"  # points of accuracy it takes
     part = ""
     if report["n_timed"] < n:  # the others' verdicts were in the ledger
         part = f" for the last {report['n_timed']} images"
@@ -417,7 +422,7 @@ def main():
     args = get_args()
     check(args)
     run = find_run(args)
-    device, rank, world = open_device(args.device, args.dtype, wait=timedelta(hours=24))
+    device, rank, world = open_device(args.device, args.dtype, timeout=timedelta(hours=24))
     data_set = data.DATA_SETS[run.data]
     eps = data_set.eps if args.eps is None else args.eps
     steps = data_set.steps if args.steps is None else args.steps
@@ -486,14 +491,14 @@ def main():
                 model, x, y, eps=eps / 255, index=index, seed=args.seed, verify=verify,
                 attacks=ATTACKS[args.attack], progress=progress)
             for warning in first_of_each_reason(report["warnings"]):
-                if not warning.startswith("masked gradients"):  # a matter of all images, not of a batch
+                if not warning.startswith("masked gradients"):  # judged below, over all images
                     ledger.write({"warning": warning})
         for line in verdict_lines(index, y, report):
             ledger.write(line)
         n_done += len(y)
     seconds = round(time.monotonic() - began, 1)
 
-    # Counts of all processes, which meet here for the first time
+    # Counts over all processes
     lines = [ledger.verdicts[number] for number in own]
     if args.attack == "pgd":
         counts = tally(lines, steps)
@@ -507,7 +512,7 @@ def main():
         every_rank = [None] * world
         dist.all_gather_object(every_rank, ledger.warnings)
         warnings = sum(every_rank, [])
-    if counts["n_nan"] > 0:  # of all images, so it comes before a batch's sentence for the same reason
+    if counts["n_nan"] > 0:  # first, so that this total counts and not the sentence of one batch
         not_finite = (f"not finite: {counts['n_nan']} of {counts['n']} clean images have NaN logits; "
                       "NaN counts as wrong")
         warnings = [not_finite, *warnings]

@@ -45,8 +45,8 @@ class Normalised(nn.Module):
         return self.classify((x - self.mean) / self.std)
 
 
-# ResNet and ResNeXt. act() makes a fresh activation, norm(width) a fresh BatchNorm; groups and
-# group_width are Bottleneck's
+# ResNet and ResNeXt. act() makes a fresh activation, norm(width) a fresh BatchNorm; BasicBlock takes
+# groups and group_width only because Bottleneck does
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions (RN Fig. 5, left)."""
@@ -77,8 +77,8 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs, width, stride, groups, group_width, act, norm):
         super().__init__()
-        inner = groups * width * group_width // 64  # RN: width; ResNeXt-50 32x4d: 2 width
-        outputs = 4 * width
+        inner = groups * width * group_width // 64  # group_width is that of the stage with width 64
+        outputs = self.expansion * width
         self.conv1 = conv(inputs, inner, 1)
         self.bn1 = norm(inner)
         self.act1 = act()
@@ -226,7 +226,7 @@ class EfficientNet(Normalised):
             blocks = []
             for b in range(math.ceil(depth * stage.depth)):
                 stride = stage.stride if b == 0 else 1
-                drop = stochastic_depth * n_made / n_blocks  # from 0 at the first block
+                drop = stochastic_depth * n_made / n_blocks  # a line from 0 at the first block
                 blocks.append(MBConv(inputs, outputs, stage.expansion, stage.kernel, stride, drop,
                                      act, norm))
                 inputs = outputs
@@ -243,7 +243,7 @@ class EfficientNet(Normalised):
                 nn.init.normal_(m.weight, std=math.sqrt(2 / fan_out))
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
-        bound = num_classes**-0.5
+        bound = num_classes**-0.5  # as EN's code
         nn.init.uniform_(self.classifier[1].weight, -bound, bound)
         nn.init.zeros_(self.classifier[1].bias)
 
@@ -255,7 +255,7 @@ class EfficientNet(Normalised):
 # Every network by name
 
 class Arch(NamedTuple):
-    """How to make a network, its native resolution in pixels, and its own dropout rate."""
+    """How to make a network, its native resolution in pixels, and the dropout rate of its paper."""
 
     make: partial
     res: int
@@ -317,11 +317,11 @@ def build(arch, act="relu", num_classes=1000, act_alpha=None, smooth_backward=Fa
 def attacker_view(train_net, smooth_backward=False):
     """A second module tree over train_net's storage: eval mode, frozen parameters, its buffers.
 
-    An attack through it computes no weight gradient, even when compiled, and changes no BatchNorm
-    statistic, no mode and no DDP state. smooth_backward holds for this view alone: the attacker's half
-    of Table 1. Make it after the network is on its device; never move or re-assign either afterwards.
+    An attack through it computes no weight gradient, even when compiled, and leaves BatchNorm's
+    statistics, train mode and DDP alone. smooth_backward holds for this view alone: row "attacker" of
+    SAT Table 1. Make it once the network is on its device; after that move neither of the two.
     """
-    # deepcopy uses what its memo holds instead of copying: new modules over shared storage
+    # deepcopy copies only what its memo does not hold yet: new modules over shared tensors
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in train_net.parameters()}
     shared |= {id(b): b for b in train_net.buffers()}
     view = copy.deepcopy(train_net, shared).eval()
@@ -360,7 +360,10 @@ def set_numerics(dtype):
 
 @contextlib.contextmanager
 def precision(dtype, device):
-    """What runs inside runs in fp32 (TF32 off), tf32, or under bf16 or fp16 autocast."""
+    """What runs inside runs in fp32 (TF32 off), tf32, or under bf16 or fp16 autocast.
+
+    An evaluation that searches in TF32 confirms in float32, so the global switch is not enough.
+    """
     # Not torch's newer names for these switches: the compiler reads the old ones
     matmul_before = torch.backends.cuda.matmul.allow_tf32
     cudnn_before = torch.backends.cudnn.allow_tf32
@@ -385,7 +388,7 @@ def in_precision(net, dtype, device):
 # Where weights come from
 
 def load_file(path):
-    """A file of tensors and plain Python, on the CPU. SystemExit if missing, damaged, anything else."""
+    """A file of tensors and plain Python, on the CPU. SystemExit if missing or damaged."""
     try:
         if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as archive:

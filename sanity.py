@@ -49,7 +49,7 @@ from attacks import (autoattack, cross_entropy, input_gradient, pgd, pgd_search,
 from data import duration, say, show
 from evaluate import make_folder, wilson
 from models import attacker_view, in_precision, precision, weights_hash
-from train import check_ranges, clock, device_name, need, open_device, write_json
+from train import check_ranges, device_name, need, open_device, write_json
 
 # A trained net and its images
 
@@ -777,6 +777,13 @@ def compare(args):
 
 
 # What a training step costs
+
+def clock(device):
+    """Seconds, once the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
 
 CLASSES = 1000  # ImageNet's; the classifier is a small part of any network's cost
 

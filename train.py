@@ -11,7 +11,7 @@ The run's folder (--out) gets
   args.json           all flags, the classes of the data, versions, the commit
   log.txt, log.jsonl  what the screen showed, and the same numbers as one JSON object a line
   model.pt            the weights to use: the average with --ema, the best with --early-stop
-  best.pt             the weights that did best on the held-out images
+  best.pt             the weights that were most robust on the held-out images
   last.pt             everything that --resume needs; last.prev.pt is the one before
 
 On a machine that is busy with other work set OMP_NUM_THREADS=1: threads that wait for each other make a
@@ -65,10 +65,10 @@ RECIPES = {
     "shapes": dict(arch="resnet8", act="silu", epochs=8, schedule="onecycle", batch_size=64, lr=0.1,
                    wd=5e-4, eps=8, step_size=8, holdout=500, val_every=2, log_every=20),
 }
-# SAT Sec. 5.2; 0.2, reached just after the last block, is EfficientNet's; dropout each network's own
+# SAT Sec. 5.2; stochastic depth as in EfficientNet. --enhanced also means each network's own dropout
 ENHANCED = dict(wd=1e-5, epochs=200, stochastic_depth=0.2, autoaugment=True, ema=True, early_stop=True)
 
-# The least and the most that each flag with a number takes, in every script that has the flag
+# The least and the most that each flag with a number takes, in this script and those that import it
 RANGES = {
     # data and output
     "limit": (1, 10**9), "holdout": (0, 10**9), "save_every": (0, 10**6), "res": (16, 4096),
@@ -86,7 +86,8 @@ RANGES = {
 }
 
 RUN_FILES = ("args.json", "log.txt", "log.jsonl", "model.pt", "best.pt", "last.pt", "last.prev.pt")
-# Flags that --resume may change: nothing that the result depends on
+# Flags that --resume may change: the result does not depend on them (--init is not read again, and the
+# images below --data-dir are compared by their names)
 FREE = ("out", "resume", "init", "workers", "device", "log_every", "save_every", "download", "data_dir")
 
 # Newer versions of torch warn about arguments that the oldest one we support needs, and about the layout
@@ -113,11 +114,11 @@ def get_args(argv=None):
     # network
     p.add_argument("--arch", choices=MODELS, metavar="ARCH", help=", ".join(MODELS))
     p.add_argument("--act", choices=ACTIVATIONS, metavar="ACT", help=", ".join(ACTIVATIONS))
-    p.add_argument("--act-alpha", type=float, help="its sharpness; default: the paper's")
-    p.add_argument("--smooth-backward", default="none", help="SAT Table 1: who sees a smooth ReLU",
+    p.add_argument("--act-alpha", type=float, help="the curve's parameter; default: the paper's")
+    p.add_argument("--smooth-backward", default="none", help="Table 1: who gets a smooth gradient",
                    choices=["none", "attacker", "optimizer", "both"])
     p.add_argument("--dropout", type=float, help="rate; default: 0, with --enhanced the network's own")
-    p.add_argument("--stochastic-depth", type=float, default=0.0, help="EfficientNet's, from 0 to this")
+    p.add_argument("--stochastic-depth", type=float, default=0.0, help="of EfficientNet's last block")
     p.add_argument("--bn-eps", type=float, default=1e-5, help="BatchNorm's; torchvision b5-b7: 1e-3")
     p.add_argument("--res", type=int, help="pixels; default: the network's own, cifar10 and shapes 32")
     # optimization
@@ -126,7 +127,7 @@ def get_args(argv=None):
     p.add_argument("--batch-size", type=int, help="images of one update, over all processes")
     p.add_argument("--accum", type=int, default=1, help="parts a batch is split into, to save memory")
     p.add_argument("--lr", type=float, help="peak; default: imagenet 0.1 for each 256 of the batch")
-    p.add_argument("--schedule", choices=["step", "onecycle"], help="x0.1 at 30, 60, 90%%; or linear to 0")
+    p.add_argument("--schedule", choices=["step", "onecycle"], help="x0.1 at 30, 60, 90%%; line to 0")
     p.add_argument("--warmup-epochs", type=float, help="default: 5%%, at most 5; onecycle 40%%")
     p.add_argument("--wd", type=float, help="weight decay of convolution and linear weights")
     p.add_argument("--nesterov", **switch, help="momentum, as the released code has")
@@ -165,12 +166,16 @@ def get_args(argv=None):
         args.dropout = MODELS[args.arch].dropout if args.enhanced else 0.0
     if args.warmup_epochs is None:
         args.warmup_epochs = min(5, 0.05 * args.epochs) if args.schedule == "step" else 0.4 * args.epochs
-    gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
     if args.dtype == "auto":
-        args.dtype = "bf16" if gpu else "fp32"
+        args.dtype = "bf16" if wants_gpu(args) else "fp32"
     if args.compile is None:
-        args.compile = gpu
+        args.compile = wants_gpu(args)
     return args
+
+
+def wants_gpu(args):
+    """Whether --device names a GPU, or leaves the choice and there is one."""
+    return args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
 
 
 def need(condition, sentence):
@@ -211,8 +216,7 @@ def check(args, world):
     need(not args.early_stop or args.steps > 0,
          "--early-stop keeps the most robust weights and --steps 0 trains no robustness; add "
          "--no-early-stop")
-    on_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
-    need(on_gpu or not args.compile or args.dtype != "bf16",
+    need(wants_gpu(args) or not args.compile or args.dtype != "bf16",
          "--compile with --dtype bf16 gave NaN gradients on a CPU; use --dtype fp32 or --no-compile")
 
 
@@ -221,8 +225,11 @@ def check(args, world):
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when the one that started it ends
 
 
-def open_device(name, dtype="fp32", wait=timedelta(minutes=30)):
-    """Where this process runs -> device, and torchrun's rank and world (0 and 1 without torchrun)."""
+def open_device(name, dtype="fp32", timeout=timedelta(minutes=30)):
+    """Where this process runs -> device, and torchrun's rank and world (0 and 1 without torchrun).
+
+    timeout: how long the processes wait for each other.
+    """
     set_numerics(dtype)
     # torchrun sets these three; without it this is the only process
     numbers = []
@@ -251,19 +258,12 @@ def open_device(name, dtype="fp32", wait=timedelta(minutes=30)):
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         device_id = device if device.type == "cuda" else None
-        dist.init_process_group(backend, timeout=wait, device_id=device_id)
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     return device, rank, world
 
 
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def clock(device):
-    """Seconds, once the device has done all its work. For measuring only: training never waits."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def all_ranks(tensor):
@@ -300,7 +300,8 @@ class Log:
             out.mkdir(parents=True, exist_ok=True)
             self.text = open(out / "log.txt", "a", buffering=1)
             self.json = open(out / "log.jsonl", "a", buffering=1)
-            fcntl.lockf(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers would keep a flock
+            # Not flock: the loader's workers would inherit it and outlive this process
+            fcntl.lockf(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"another run writes into {out}; wait for it, or choose another --out")
         except OSError as error:
@@ -320,9 +321,9 @@ class Log:
 
 
 def save_file(path, content, previous=None):
-    """Write tensors under a temporary name, flush, rename: path is whole, old or new, at any moment.
+    """Write tensors under a temporary name, flush, rename: no file is ever half-written.
 
-    previous: the name that the old file gets. SystemExit where the disk is full or read-only.
+    previous: the name that the old file gets first. SystemExit where the disk is full or read-only.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -356,7 +357,10 @@ def write_json(path, content):
     """A JSON object, whole or not at all. SystemExit where the disk is full or read-only."""
     part = path.with_name(path.name + ".part")
     try:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+        with open(part, "w") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -383,7 +387,7 @@ def read_checkpoint(out, log):
 
 
 def differences(saved, args, facts):
-    """Clauses on what differs from the run's saved args.json although --resume must not change it."""
+    """What --resume would change although the result depends on it -> clauses for a sentence."""
     clauses = []
     for name, value in vars(args).items():
         if name not in FREE and saved.get(name) != value:
@@ -408,7 +412,7 @@ def init_from(net, path):
     for name, tensor in found.items():
         if name in wanted and wanted[name].shape == tensor.shape:
             taken[name] = tensor
-    n_weights = sum(tensor.ndim > 0 for tensor in taken.values())  # BatchNorm's counters fit anywhere
+    n_weights = sum(tensor.ndim > 0 for tensor in taken.values())  # BatchNorm's 0-d counters fit any
     need(n_weights > 0, f"--init {path}: no tensor fits this network by name and shape; use the file's "
          "own --arch")
     net.load_state_dict(taken, strict=False)
@@ -425,7 +429,7 @@ def init_from(net, path):
 # The pieces of a step
 
 def network(args, num_classes):
-    """The optimizer's view of the network that the flags describe."""
+    """The network that the flags describe, as the optimizer sees it."""
     return build(
         args.arch, args.act, num_classes, act_alpha=args.act_alpha,
         smooth_backward=args.smooth_backward in ("optimizer", "both"), dropout=args.dropout,
@@ -478,7 +482,7 @@ def attack(args, model, x, y):
 def batch_sums(logits, y):
     """What is logged of a batch -> (4,) float64: cross-entropy, errors, images, losses not finite.
 
-    The loss here has no label smoothing. It stays on the device: a step waits for nothing.
+    The loss here has no label smoothing. All stays on the device, for which a step does not wait.
     """
     losses = F.cross_entropy(logits, y, reduction="none").double()
     loss_sum = losses.nan_to_num(0, 0, 0).sum()
@@ -576,19 +580,19 @@ def main():
     net.to(device, memory_format=layout)
 
     # The run's folder: a checkpoint to go on from, weights to start from, or neither. No run overwrites
-    # another's files. An empty log was left by a run that never began
-    holds = [name for name in RUN_FILES if (out / name).exists() and (out / name).stat().st_size > 0]
-    need(not holds or args.resume or rank > 0,
-         f"{out} holds a run ({', '.join(holds)}); go on with --resume, or in another --out")
+    # another's files; an empty one was left by a run that never began
+    existing = [name for name in RUN_FILES if (out / name).exists() and (out / name).stat().st_size > 0]
+    need(not existing or args.resume or rank > 0,
+         f"{out} holds a run ({', '.join(existing)}); go on with --resume, or in another --out")
     log = Log(out, rank)
     if world > 1:
         dist.barrier()
     state = read_checkpoint(out, log) if args.resume else None
-    results = [name for name in holds if name != "args.json"]
+    results = [name for name in existing if name != "args.json"]
     need(state or not results or rank > 0,
          f"{out} holds a run ({', '.join(results)}) and no checkpoint to go on from; start again in "
          "another --out")
-    facts = dict(classes=images.classes, n_images=images.n, names=images.names(),
+    facts = dict(classes=images.classes, n_images=images.n, names=images.names_hash(),
                  small_input=data.DATA_SETS[args.data].small_input)
     if state:
         clauses = differences(read_json(out / "args.json"), args, facts)
@@ -615,6 +619,9 @@ def main():
     # Two views over one storage, the attacker's and the optimizer's; from here on nothing may move it.
     # The attacker's is in eval mode, outside DDP, and frozen: even compiled, its backward pass computes
     # no weight gradient, and an attack step costs 2 forwards instead of 3
+    #     net       as the optimizer sees it        -> train_model   compiled, in DDP
+    #     view      the same as the attacker's      -> attack_model  compiled, in --dtype
+    #     kept_net  net, or with --ema its average  -> val_model     a view of it in --dtype
     view = attacker_view(net, smooth_backward=args.smooth_backward in ("attacker", "both"))
     attack_model = view
     train_model = net.train()
@@ -646,11 +653,11 @@ def main():
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        for p, buffers in optimizer.state.items():
-            for name, value in buffers.items():
+        for p, moments in optimizer.state.items():
+            for name, value in moments.items():
                 # Not as it was saved: the strides of a CPU's tensors differ from a GPU's
                 if torch.is_tensor(value) and value.shape == p.shape:
-                    buffers[name] = torch.empty_like(p).copy_(value)
+                    moments[name] = torch.empty_like(p).copy_(value)
         scaler.load_state_dict(state["scaler"])
         if args.ema:
             ema.load_state_dict(state["ema"])
@@ -664,15 +671,15 @@ def main():
         if rank == 0:  # saved as the sum over all ranks, so only one rank may add it
             sums += torch.tensor(state["sums"], dtype=torch.float64, device=device)
     assert shares_storage(net, view), "the two views must share their storage"
-    gloo = None  # a group on the CPU, for votes and checks
+    cpu_group = None  # for votes and checks
     if world > 1:
-        gloo = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+        cpu_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
         places = [None] * world
-        dist.all_gather_object(places, (epoch, step), group=gloo)
+        dist.all_gather_object(places, (epoch, step), group=cpu_group)
         need(len(set(places)) == 1, f"the processes see different checkpoints in {out}, (epoch, step) "
              f"{places}; --out needs to be one folder for all nodes")
 
-    # Both look at main's variables as they are when called, and change none
+    # Both read main's variables as they are at the time of the call, and change none
     def refuse_not_finite(total):
         """SystemExit if a loss of this epoch, or a weight, is not finite."""
         weights_finite = torch.stack([t.isfinite().all() for t in net.state_dict().values()]).all()
@@ -681,7 +688,7 @@ def main():
             return
         sentence = (f"loss or weights are not finite at epoch {epoch + 1}, step {step} (lr {lr:.3g}); "
                     f"last good checkpoint: {out / 'last.pt'}")
-        if n_not_finite < n_seen:  # some losses of this epoch were finite: updates spoiled the weights
+        if n_not_finite < n_seen:  # it began well, so it was not the data but the updates
             sentence += "; try a smaller --lr"
         raise SystemExit(sentence)
 
@@ -767,7 +774,7 @@ def main():
             if step % args.log_every == 0 or step == n_steps:
                 total = all_ranks(sums)
                 refuse_not_finite(total)
-                name_unreadable(images, named_unreadable, log, gloo)
+                name_unreadable(images, named_unreadable, log, cpu_group)
                 now = time.monotonic()
                 loss_sum, n_errors, n_seen, _ = (total - line_total).tolist()
                 mean_loss = loss_sum / n_seen
@@ -792,7 +799,7 @@ def main():
                 workers_started = n_done - n_done_before > args.log_every
                 if waiting > 0.1 and images.paths is not None and workers_started and not advised:
                     advised = True
-                    short = round(args.res * 288 / 224)  # more than any crop needs
+                    short = round(args.res * 288 / 224)  # 288 px for 224
                     log(f"{100 * waiting:.0f}% of the time is spent waiting for images: raise --workers "
                         f"(now {workers}) up to the cores, or shrink the files once with python data.py "
                         f"shrink FROM TO --short {short}")
@@ -802,20 +809,20 @@ def main():
             else:
                 show(f"epoch {epoch + 1}/{args.epochs} | step {step}/{n_steps}")
 
-            # Was any rank asked to stop, does rank 0 find a checkpoint due? One answer for all ranks,
-            # and not at every step: on 64 GPUs the small reduce would cost a fourth of the time
+            # All ranks stop or save together, if any was asked to stop or rank 0 finds a checkpoint due.
+            # Not at every step: between many GPUs even a small reduce takes time
             if world == 1 or step % 10 == 0 or step == n_steps:
                 due = rank == 0 and time.monotonic() - last_save > 60 * args.save_every
                 votes = torch.tensor([stop_asked.is_set(), due], dtype=torch.int32)
                 if world > 1:
-                    dist.all_reduce(votes, dist.ReduceOp.MAX, group=gloo)
+                    dist.all_reduce(votes, dist.ReduceOp.MAX, group=cpu_group)
                 stop, due = votes.bool().tolist()
                 if stop or due or step == n_steps:  # an epoch is saved before it is validated
                     save()
                     last_save = time.monotonic()
                 if stop:
                     log(f"stopped at epoch {epoch + 1}, step {step}; go on with --resume")
-                    raise SystemExit(75)  # torchrun's own code is 1
+                    raise SystemExit(75)  # EX_TEMPFAIL in sysexits.h
 
         # The epoch is over and saved. A kill from here on costs the validation, which --resume repeats
         loss_sum, n_errors, n_seen, _ = all_ranks(sums).tolist()
