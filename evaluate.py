@@ -52,10 +52,8 @@ ATTACKS = {"pgd": (), "apgd": STANDARD[:2], "autoattack": STANDARD}
 PGD_FLAGS = ("steps", "step_size", "restarts", "last_iterate")  # the other attacks have none of these
 
 
-def get_args(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    # what to measure
+def add_common_flags(p):
+    """Those of sanity.py too: which net, which images, how far the attack may go, and where."""
     p.add_argument("--out", default="out", help="a run's folder: its model.pt, network and data")
     p.add_argument("--weights", help="a state dict; the rest: args.json beside it, or these flags")
     p.add_argument("--data", choices=data.DATA_SETS, help="default: the run's, or imagenet")
@@ -65,12 +63,19 @@ def get_args(argv=None):
     p.add_argument("--act-alpha", type=float, help="the curve's parameter; default: the run's")
     p.add_argument("--bn-eps", type=float, help="default: the run's; torchvision's b5 to b7: 1e-3")
     p.add_argument("--res", type=int, help="pixels; default: the run's, or the network's own")
-    p.add_argument("--limit", type=int, help="images: the first of one fixed permutation; default: all")
+    p.add_argument("--limit", type=int, help="images: the first of one fixed permutation")
+    p.add_argument("--eps", type=float, help="L-inf radius in 1/255; default: imagenet 4, else 8")
+    p.add_argument("--step-size", type=float, help="of PGD, in 1/255; default: imagenet 1, else 2")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+
+
+def get_args(argv=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add_common_flags(p)
     # the attack
     p.add_argument("--attack", default="pgd", choices=ATTACKS, help="apgd: AutoAttack's first two")
     p.add_argument("--steps", type=int, help="of PGD; default: imagenet 200, else 50")
-    p.add_argument("--eps", type=float, help="L-inf radius in 1/255; default: imagenet 4, else 8")
-    p.add_argument("--step-size", type=float, help="of PGD, in 1/255; default: imagenet 1, else 2")
     p.add_argument("--restarts", type=int, help="random starts of PGD to withstand; default: 1")
     p.add_argument("--last-iterate", action="store_true", help="SAT's protocol: the last decides")
     p.add_argument("--smooth-backward", default="none", choices=["none", "attacker"],
@@ -81,7 +86,6 @@ def get_args(argv=None):
                    help="of the search; fp32 confirms every image that is fooled")
     p.add_argument("--batch-size", type=int, help="images at a time, on each device")
     p.add_argument("--workers", type=int, help="processes that read images, for each device")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     p.add_argument("--json", help="write the report to this file too")
     p.add_argument("--fresh", action="store_true", help="start over instead of going on from the ledger")
     return p.parse_args(argv)

@@ -78,10 +78,12 @@ def pgd_from(net, index, x, y, eps, step_size, steps):
 
 
 def open_run(args, limit):
-    """The run that evaluate.py's flags name: its net, its first test images, the attack's numbers.
+    """The run that evaluate.py's flags name -> the namespace of evaluate.find_run, and in it
 
-    -> evaluate.find_run's namespace, with net, digest, device, images; the first --limit (default:
-    `limit`) test images as index, x, y; eps and step_size in 1/255; steps; out, the weights' folder.
+      net, digest, device, images   the network, its weights' hash, where it is, the test set
+      index, x, y                   the first --limit of its images (default: `limit`)
+      eps, step_size, steps         of the attack; the first two in 1/255
+      out                           the folder of the weights
     """
     run = evaluate.find_run(args)
     run.device, _, _ = open_device(args.device)
@@ -98,14 +100,14 @@ def open_run(args, limit):
     data_set = data.DATA_SETS[run.data]
     run.eps = data_set.eps if args.eps is None else args.eps
     run.step_size = data_set.step_size if args.step_size is None else args.step_size
-    run.steps = data_set.steps if args.steps is None else args.steps
+    run.steps = data_set.steps
     need(run.eps > 0 and run.step_size > 0,
          f"--eps {run.eps:g} --step-size {run.step_size:g} attack nothing; use more than 0")
     return run
 
 
 def other_net(path, run):
-    """Another run's folder, or a file of weights, to be shown `run`'s images -> its net, its name."""
+    """Another run's folder, or a file of weights, for the images of `run` -> its net, its name."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     flags = SimpleNamespace(out=folder, weights=None if path.is_dir() else path)
@@ -120,7 +122,7 @@ def other_net(path, run):
     return net, f"{other.arch} {other.act}"
 
 
-def make_place(path):
+def check_json(path):
     """Make the folder of --json now, so that a wrong path fails before the work."""
     if path is not None:
         need(not Path(path).is_dir(), f"{path} is a folder; name a file in it")
@@ -187,9 +189,11 @@ def at_least(what, hit, warn, fail, why, skip="no image to judge", note=""):
                  why=why, skip=skip, note=note)
 
 
-# The doubts, by topic
+# The doubts, by topic. Their bounds are our judgement: the robust nets behind results/ stay well within,
+# the overfitted one does not
 
-MARKS = (0, 1, 5, 10, 20, 50, 100, 200)  # iterations to report
+STEPS = 200  # of the PGD that is doubted
+MARKS = (0, 1, 5, 10, 20, 50, 100, STEPS)  # iterations to report
 RADII = (1, 2, 4, 8, 16, 32, 64)  # eps in 1/255 to report
 RADII_STEPS = 20
 
@@ -223,18 +227,18 @@ def search(what, net, index, x, y, eps, step_size, steps, restarts=1, seed=0):
 
 
 def doubts_about_the_model(run):
-    """Is it a classifier whose slope an attack can follow?"""
+    """Is it a classifier whose gradient an attack can follow?"""
     logits = logits_of(run.net, run.x)
     again = logits_of(run.net, run.x)
     right = predict(logits) == run.y
-    chance = 1 / logits.shape[1]
+    chance = 1 / logits.shape[1]  # the bounds are a quarter and an eighth of the way to perfect
     yield at_least("right on clean images", right, warn=chance + (1 - chance) / 4,
                    fail=chance + (1 - chance) / 8, why="guessing leaves nothing to attack")
 
     largest = logits.abs().amax(1)
     drift = (again - logits).abs().amax(1) > 1e-4 * largest
     yield at_most("two calls differ", drift, warn=0.02, fail=0.1,
-                  why="a random net hides its slope; a verdict is one draw")
+                  why="a random net hides its gradient")
     not_finite = ~logits.isfinite().all(1)
     sums_to_one = (logits.amin(1) >= 0) & ((logits.sum(1) - 1).abs() < 1e-4)
     yield at_most("outputs are no logits", not_finite | sums_to_one, warn=0.02, fail=0.1,
@@ -249,12 +253,16 @@ def doubts_about_the_model(run):
         _, grad = input_gradient(run.net, x_part, loss)
         grads.append(grad)
     share_of_zeros = (torch.cat(grads) == 0).flatten(1).float().mean(1)
-    yield at_most("zeros in the input gradient", share_of_zeros[right] > 0.05, warn=0.03, fail=0.1,
+    has_many = share_of_zeros > 0.05
+    yield at_most("zeros in the input gradient", has_many[right], warn=0.03, fail=0.1,
                   why="saturated or rounded: PGD sees nothing", skip="no image is right")
 
 
 def doubts_about_iterations(run, found):
-    """Does PGD do more when it goes on (SAT Sec. 6), and what does it find? found: by its 200 steps."""
+    """Does PGD do more when it goes on (SAT Sec. 6), and what does it find? found: by all its steps.
+
+    A share is of the images that could show it: all, the right ones, or those that `skip` speaks of.
+    """
     right = found.right
 
     def withstands(k):
@@ -265,9 +273,9 @@ def doubts_about_iterations(run, found):
     curve = "robust after steps " + ", ".join(shares)
     yield at_most("fooled by noise", (found.step == 0)[right], warn=0.1, fail=0.3,
                   why="a random start is no attack", skip="no image is right")
-    yield at_least("fooled by steps 1 to 200", (found.step > 0)[withstands(0)], warn=0.05, fail=0.02,
-                   why="PGD is blind", skip="no image is right after noise", note=curve)
-    yield at_most("fooled by steps 101 to 200", found.step > 100, warn=0.03, fail=0.1,
+    yield at_least(f"fooled by steps 1 to {STEPS}", (found.step > 0)[withstands(0)], warn=0.05,
+                   fail=0.02, why="PGD is blind", skip="no image is right after noise", note=curve)
+    yield at_most(f"fooled by steps 101 to {STEPS}", found.step > 100, warn=0.03, fail=0.1,
                   why="PGD has not converged")
     yield at_least("robust", found.robust, warn=0.1, fail=0.05, why="there is no robustness to doubt")
 
@@ -277,6 +285,7 @@ def doubts_about_iterations(run, found):
     yield at_least("fooled by 8-bit pictures too", still_wrong, warn=0.85, fail=0,  # never a FAIL
                    why="saved as files, x_adv is rounded", skip="no image is fooled")
 
+    # One step from a random start, as in training (SAT Sec. 3.1)
     once = search("PGD-1", run.net, run.index, run.x, run.y, eps=run.eps, step_size=run.eps, steps=1)
     yield at_most("PGD-1 fools, PGD-50 does not", (~once.robust & withstands(50))[right], warn=0.03,
                   fail=0.1, why="masked gradients", skip="no image is right")
@@ -289,7 +298,7 @@ def doubts_about_the_radius(run, found):
     right = found.right
     shares = []
     for eps in RADII:
-        step_size = max(1, 2.5 * eps / RADII_STEPS)
+        step_size = max(1, 2.5 * eps / RADII_STEPS)  # 2.5 radii in all (Madry et al. 2018)
         at_eps = search(f"eps {eps}", run.net, run.index[right], run.x[right], run.y[right], eps=eps,
                         step_size=step_size, steps=RADII_STEPS)
         shares.append(f"{eps}: {at_eps.robust.sum() / len(right):.1%}")
@@ -309,13 +318,13 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
     x = run.x[robust]
     y = run.y[robust]
     nobody = "no image withstands PGD"
-    nothing = robust[:0]  # no row: the verdict is SKIP
+    no_rows = robust[:0]  # makes the verdict SKIP
 
     def of_all(hit):
         """hit, a row for each robust image -> a row for each image; no row at all if none is robust."""
         everywhere = torch.zeros_like(robust)
         everywhere[robust] = hit
-        return everywhere if robust.any() else nothing
+        return everywhere if robust.any() else no_rows
 
     again = search("4 restarts", net, index, x, y, eps=run.eps, step_size=run.step_size, steps=20,
                    restarts=4, seed=1)
@@ -330,16 +339,16 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
 
         _, report = autoattack(
             net, x_part, y_part, eps=run.eps / 255, index=index_part, attacks=("apgd-ce", "square"),
-            queries=1000, progress=progress)
+            queries=1000, progress=progress)  # of its 5,000: enough to tell masked gradients
         fooled_by += report["fooled_by"]
     by_apgd = torch.tensor([name == "apgd-ce" for name in fooled_by], dtype=torch.bool, device=y.device)
     by_square = torch.tensor([name == "square" for name in fooled_by], dtype=torch.bool, device=y.device)
     yield at_most("robust, but not to APGD", of_all(by_apgd), warn=0.05, fail=0.15,
                   why="PGD stops short; quote AutoAttack", skip=nobody)
     yield at_most("robust to both, not to Square", of_all(by_square), warn=0.03, fail=0.1,
-                  why="no gradient beats gradients: masked", skip=nobody)
+                  why="beating gradients without one: masked", skip=nobody)
 
-    moved = nothing
+    moved = no_rows
     if surrogate is not None:
         x_adv = pgd_from(surrogate, index, x, y, eps=run.eps, step_size=run.step_size, steps=50)
         moved = of_all(predict(logits_of(net, x_adv)) != y)
@@ -351,27 +360,27 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
     y = run.y[right]
     x_adv = pgd_from(net, run.index[right], x, y, eps=run.eps, step_size=run.step_size, steps=10)
     losses = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        between = x.lerp(x_adv, share)
+    for t in (0, 0.25, 0.5, 0.75, 1):
+        between = x.lerp(x_adv, t)
         losses.append(cross_entropy(logits_of(net, between), y))
     rises = (torch.stack(losses).diff(dim=0) > 0).all(0)
     yield at_least("loss rises all the way to x_adv", rises, warn=0.75, fail=0.5,
-                   why="else a slope leads nowhere", skip="no image is right")
+                   why="else gradients lead nowhere", skip="no image is right")
 
-    stands = nothing
+    withstands = no_rows
     if normal is not None:
-        weak = search("normal net", normal, run.index, run.x, run.y, eps=run.eps,
-                      step_size=run.step_size, steps=50)
-        stands = weak.robust[weak.right]
-    yield at_most("a normal net is robust", stands, warn=0.05, fail=0.15, why="PGD is too weak",
+        of_normal = search("normal net", normal, run.index, run.x, run.y, eps=run.eps,
+                           step_size=run.step_size, steps=50)
+        withstands = of_normal.robust[of_normal.right]
+    yield at_most("a normal net is robust", withstands, warn=0.05, fail=0.15, why="PGD is too weak",
                   skip="--normal names no normally trained net")
 
 
 def all_doubts(run, surrogate=None, normal=None):
     """Every doubt about run.net on run.index, x, y, with run.eps and step_size in 1/255."""
     yield from doubts_about_the_model(run)
-    found = search(f"PGD-{MARKS[-1]}", run.net, run.index, run.x, run.y, eps=run.eps,
-                   step_size=run.step_size, steps=MARKS[-1])
+    found = search(f"PGD-{STEPS}", run.net, run.index, run.x, run.y, eps=run.eps,
+                   step_size=run.step_size, steps=STEPS)
     yield from doubts_about_iterations(run, found)
     yield from doubts_about_the_radius(run, found)
     yield from doubts_from_other_attacks(run, found, surrogate, normal)
@@ -392,7 +401,7 @@ def doubt_lines(row, n_used, n_available):
 
 
 def report(args):
-    make_place(args.json)
+    check_json(args.json)
     run = open_run(args, limit=256)
     began = time.monotonic()
     surrogate = None
@@ -434,7 +443,8 @@ MOST_SEEDS = 1000  # where the search for enough seeds ends
 def student_t(n_free):
     """97.5% of Student's t with n_free degrees of freedom lie below this.
 
-    With t = sqrt(n_free) tan(angle), the angle has the density cos(angle)^(n_free - 1), summed here.
+    With t = sqrt(n_free) tan(angle), the angle has the density cos(angle)^(n_free - 1). It is summed
+    from 0 on, so that 95% of it is 97.5% of both sides.
     """
     angle = np.linspace(0, np.pi / 2, 20001)
     density = np.cos(angle) ** (n_free - 1)
@@ -446,8 +456,8 @@ def student_t(n_free):
 def interval_of_two_nets(new, old):
     """Two networks' verdicts on the same images, (N,) bool -> 95% interval of their difference.
 
-    Wald's interval for paired proportions after half an image is added to each of the four cells, both
-    right, only one, only the other, none (Agresti & Min 2005). The images vary, the two networks do not.
+    Wald's interval for paired proportions, with half an image added to each of the four cells: both
+    right, only new, only old, neither (Agresti & Min 2005). The images vary, the two networks do not.
     """
     n = len(new) + 2
     only_new = (new & ~old).sum() + 0.5
@@ -462,8 +472,8 @@ class Spread(NamedTuple):
     """What makes a mean difference uncertain, as variances."""
 
     n_seeds: int
-    of_a_seed: float  # between the seeds' means over these images
-    of_images: float  # of the mean over images, common to all seeds
+    seed_variance: float  # between the means of single seeds
+    images_variance: float  # of the mean over images, which all seeds share
 
 
 def spread_of(difference):
@@ -471,9 +481,8 @@ def spread_of(difference):
 
     That of seed s on image i is delta + seed_s + image_i + rest_si, so the mean over all varies by
         (var seed + var rest / N) / S + var image / N.
-    The bracket is the variance between the seeds' means. The variance between the images' means is
-    var image + var rest / S; only its first term is added, or the rest would count twice. The mean
-    squares of the two-way table tell them apart (Searle, Casella & McCulloch 1992).
+    The bracket is what the seeds' means show. The images' means show var image + var rest / S, and the
+    mean squares of the two-way table give var rest (Searle, Casella & McCulloch 1992).
     """
     n_seeds, n_images = difference.shape
     mean = difference.mean()
@@ -482,7 +491,7 @@ def spread_of(difference):
     rest = difference - seed_means[:, None] - image_means + mean
     rest_variance = np.square(rest).sum() / ((n_seeds - 1) * (n_images - 1))
     image_variance = max(0.0, image_means.var(ddof=1) - rest_variance / n_seeds)
-    return Spread(n_seeds, of_a_seed=seed_means.var(ddof=1), of_images=image_variance / n_images)
+    return Spread(n_seeds, seed_means.var(ddof=1), image_variance / n_images)
 
 
 def half_width(spread, n_seeds):
@@ -491,8 +500,8 @@ def half_width(spread, n_seeds):
     Student's t for the seeds, which are few; the normal distribution for the images. Half-widths of
     independent parts add in squares (Howe 1974, JASA 69; MOVER in Zou & Donner 2008, Stat. Med. 27).
     """
-    seeds_half = student_t(n_seeds - 1) * math.sqrt(spread.of_a_seed / n_seeds)
-    images_half = Z * math.sqrt(spread.of_images)
+    seeds_half = student_t(n_seeds - 1) * math.sqrt(spread.seed_variance / n_seeds)
+    images_half = Z * math.sqrt(spread.images_variance)
     return math.hypot(seeds_half, images_half)
 
 
@@ -516,7 +525,10 @@ def n_seeds_to_decide(difference, spread):
 
 
 def compare_verdicts(new, old):
-    """Verdicts of both sides, (S, N) bool, seed beside seed -> a row of the table, in percent."""
+    """Verdicts of both sides, (S, N) bool, seed beside seed -> a row of the table.
+
+    Accuracies and their difference are in percent; only_new and only_old are images of a seed.
+    """
     n_seeds, n_images = new.shape
     spread = None
     if n_seeds == 1:
@@ -566,7 +578,7 @@ def newest_last(path):
 
 
 def setting_name(report):
-    """What a report's attack was, in words: all that is not the default."""
+    """What a report's attack was, in words; seed, restarts and the like only where they are unusual."""
     words = [report["attack"]]
     if report["attack"] == "pgd":
         words = [f"PGD-{report['steps']}"]
@@ -634,7 +646,7 @@ def read_verdicts(run, setting):
 
 
 def verdicts_of(line):
-    """A ledger line's verdicts -> {what: bool}. A line with all iterates also has the strict verdict."""
+    """A ledger line's verdicts -> {what: bool}; a line of --last-iterate has those of both protocols."""
     is_correct = line["clean"] == line["label"]
     if "robust_at" in line:
         every = "0" not in line["robust_at"]
@@ -710,6 +722,7 @@ def compare_training(pairs):
 
 def flags_that_differ(pairs):
     """The flags of training that are not the same in all runs -> ["act: silu | relu"]."""
+    # Neither what may differ within a method, nor what depends on the machine
     ignored = {*train.FREE, "seed", "commit", "processes", "python", "torch", "torchvision", "compile"}
     names = {name for pair in pairs for run in pair for name in run.args} - ignored
     differ = []
@@ -723,7 +736,7 @@ def flags_that_differ(pairs):
 
 def compare(args):
     check_picture(args)
-    make_place(args.json)
+    check_json(args.json)
     new = [read_run(folder) for folder in args.new]
     old = [read_run(folder) for folder in args.against]
     pairs = match_seeds(new, old)
@@ -753,7 +766,7 @@ def compare(args):
     for row in rows:
         if row["setting"] != setting:
             setting = row["setting"]
-            say(f"\n{setting}; {row['n']} images, in percent")
+            say(f"\n{setting}; {row['n']} images; accuracies in percent, the rest in images per seed")
             say(f"  {'':<23}{'new':>7}{'old':>7}{'new - old':>11}{'95% interval':>18}{'only new':>10}"
                 f"{'only old':>10}  verdict")
         interval = f"{row['low']:+.2f} to {row['high']:+.2f}"
@@ -785,11 +798,14 @@ def clock(device):
     return time.perf_counter()
 
 
-CLASSES = 1000  # ImageNet's; the classifier is a small part of any network's cost
+CLASSES = 1000  # ImageNet's, whatever --data: a classifier costs next to nothing
 
 
 def make_trainer(flags, n_classes, compiled, device):
-    """What train.main makes for its loop -> namespace: flags, device, both views, optimizer, scaler."""
+    """What train.main makes for its loop -> namespace.
+
+    flags, device; attack_model, train_model: the two views of one network; optimizer, scaler.
+    """
     train.check(flags, 1)
     torch.manual_seed(0)
     net = train.network(flags, n_classes)
@@ -801,6 +817,7 @@ def make_trainer(flags, n_classes, compiled, device):
     if compiled:
         attack_model = torch.compile(view, dynamic=False)
         train_model = torch.compile(net, dynamic=False)
+    # The learning rate is next to nothing: many steps on one batch, and the same work in each
     optimizer = torch.optim.SGD(train.parameter_groups(net, flags.wd), lr=1e-9, momentum=0.9,
                                 nesterov=flags.nesterov, fused=device.type == "cuda")
     return SimpleNamespace(
@@ -816,7 +833,7 @@ class StepCost(NamedTuple):
 
 
 def timed_step(trainer, x, y):
-    """One update as in train.main's loop -> StepCost. The learning rate is next to nothing."""
+    """One update as in train.main's loop -> StepCost."""
     flags = trainer.flags
     device = trainer.device
     bytes_before = 0
@@ -845,20 +862,21 @@ def timed_step(trainer, x, y):
 def loader_speed(flags, batch_size):
     """Images a second that one core makes ready for training."""
     images = data.load(flags.data, flags.data_dir, train=True, res=flags.res)
-    torch.set_num_threads(1)
-    loader = data.train_batches(images, torch.arange(images.n), batch_size, epochs=10**6,
+    torch.set_num_threads(1)  # one core
+    endless = 10**6  # epochs
+    loader = data.train_batches(images, torch.arange(images.n), batch_size, endless,
                                 autoaugment=flags.autoaugment)
     next(loader)
     began = time.monotonic()
     n_images = 0
-    while time.monotonic() - began < 2:
+    while time.monotonic() - began < 2:  # seconds
         _, x, _ = next(loader)
         n_images += len(x)
     return n_images / (time.monotonic() - began)
 
 
-class Kind(NamedTuple):
-    """One row of the cost table."""
+class Variant(NamedTuple):
+    """What one row of the cost table is about."""
 
     act: str
     steps: int
@@ -871,37 +889,39 @@ def cost(args):
     torch.backends.cudnn.benchmark = True
     need(min(args.pgd) >= 0, f"--pgd {min(args.pgd)} is no number of steps; use 0 for none, or more")
     n = args.batch_size or (32 if device.type == "cpu" else 128)
+    how_to_run = [False, True] if flags.compile else [False]  # compiled or not
     trainers = {}
-    for compiled in ([False, True] if flags.compile else [False]):
+    for compiled in how_to_run:
         for act in args.acts:
             for steps in args.pgd:
                 own_flags = argparse.Namespace(**{**vars(flags), "act": act, "steps": steps})
-                trainers[Kind(act, steps, compiled)] = make_trainer(own_flags, CLASSES, compiled, device)
+                trainer = make_trainer(own_flags, CLASSES, compiled, device)
+                trainers[Variant(act, steps, compiled)] = trainer
 
-    # The kinds take turns, so that other work on the machine slows all of them alike
+    # The variants take turns, so that other work on the machine slows all of them alike
     x = torch.rand(n, 3, flags.res, flags.res, device=device)
     y = torch.arange(n, device=device) % CLASSES
-    rounds = {kind: [] for kind in trainers}
+    rounds = {variant: [] for variant in trainers}
     n_warmups = 2
     for number in range(n_warmups + args.rounds):
-        for kind, trainer in trainers.items():
-            show(f"round {number + 1} of {n_warmups + args.rounds}: {kind.act}, PGD-{kind.steps}")
+        for variant, trainer in trainers.items():
+            show(f"round {number + 1} of {n_warmups + args.rounds}: {variant.act}, PGD-{variant.steps}")
             step_cost = timed_step(trainer, x, y)
             if number >= n_warmups:
-                rounds[kind].append(step_cost)
-    medians = {kind: StepCost(*np.median(costs, axis=0)) for kind, costs in rounds.items()}
+                rounds[variant].append(step_cost)
+    medians = {variant: StepCost(*np.median(costs, axis=0)) for variant, costs in rounds.items()}
 
     say(f"{flags.arch}, {flags.res} px, {n} images, {flags.dtype}, {device_name(device)}")
     on_gpu = device.type == "cuda"
-    say("act         PGD  compiled  ms/step  img/s  attack  x PGD-0  by FLOPs  x ReLU"
+    say("act         PGD  compiled  ms/step  img/s  attack  x PGD-0  expected  x ReLU"
         + ("  peak MiB" if on_gpu else ""))
-    for kind, median in medians.items():
-        to_plain = ratio(median, medians.get(kind._replace(steps=0)))
-        to_relu = ratio(median, medians.get(kind._replace(act="relu")))
-        line = (f"{kind.act:<11}{kind.steps:4}{'yes' if kind.compiled else 'no':>10}"
+    for variant, median in medians.items():
+        to_plain = ratio(median, medians.get(variant._replace(steps=0)))
+        to_relu = ratio(median, medians.get(variant._replace(act="relu")))
+        line = (f"{variant.act:<11}{variant.steps:4}{'yes' if variant.compiled else 'no':>10}"
                 f"{1e3 * median.seconds:9.1f}{n / median.seconds:7.0f}"
                 f"{median.attack_seconds / median.seconds:8.0%}{to_plain:>9}"
-                f"{passes_of(kind.steps) / passes_of(0):10.2f}{to_relu:>8}")
+                f"{passes_of(variant.steps) / passes_of(0):10.2f}{to_relu:>8}")
         if on_gpu:
             line += f"{median.peak_bytes / 2**20:10.0f}"
         say(line)
@@ -916,12 +936,16 @@ def cost(args):
 
 
 def passes_of(steps):
-    """The cost of a training step in forwards: 2 for a step of the attack, 3 for the update."""
+    """The cost of a training step in forward passes.
+
+    A backward pass to the image costs one more, to the image and the weights two: 2 for each step of the
+    attack and 3 for the update.
+    """
     return 2 * steps + 3
 
 
 def ratio(median, reference):
-    """How many times a reference's seconds a step takes; - where the reference was not measured."""
+    """A step's seconds relative to the reference's; - where that was not measured."""
     if reference is None:
         return "-"
     return f"{median.seconds / reference.seconds:.2f}"
@@ -997,6 +1021,7 @@ def time_a_cpu(trainer, n_classes, size, passes):
     """Time the largest step that takes seconds, scale by FLOPs -> images a second, what was timed."""
     full_res = trainer.flags.res
     speed = None  # FLOPs a second
+    # Ever larger steps, and none that the last speed says would take more than 5 seconds
     for n, shrink in ((2, 8), (2, 4), (2, 2), (2, 1), (8, 1), (32, 1)):
         res = full_res // shrink
         if res < min(32, full_res):
@@ -1022,7 +1047,7 @@ def plan(args):
         n_classes = len(images.classes)
         source = "counted"
     except SystemExit:
-        if flags.data != "imagenet":
+        if flags.data != "imagenet" or flags.data_dir is not None:
             raise
         n_images = IMAGENET_IMAGES
         n_classes = CLASSES
@@ -1034,7 +1059,7 @@ def plan(args):
 
     size = size_of(flags, n_classes, flags.res)
     passes = passes_of(flags.steps)
-    n_on_device = max(1, flags.batch_size // (args.processes * flags.accum))
+    n_on_device = max(1, batch_size // (args.processes * flags.accum))
     trainer = make_trainer(flags, n_classes, flags.compile, device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -1077,7 +1102,7 @@ COLOURS = ("#000000", ORANGE, BLUE, "#009E73", "#56B4E9", "#E69F00", "#CC79A7",
            "#332288", "#999933", "#8C8C8C")
 # Dashes and markers tell curves apart in grey too. A dash is lengths of ink and gap in turn; None: solid
 DASHES = (None, (6, 4), (14, 4), (2, 3))
-# A marker is its number of corners, the angle of the first in degrees, and its size beside a disc's
+# A marker is its number of corners, the angle of the first in degrees, and its size relative to a disc's
 DISC = (40, 0, 1.0)
 SQUARE = (4, 45, 1.25)
 TRIANGLE = (3, -90, 1.4)
@@ -1162,7 +1187,7 @@ class Figure:
 
     def fine_points(self, points):
         """Points [(x, y), ...], the middles of units -> in pixels of the fine image."""
-        # Pillow draws the two middle rows of an even width at y and y + 1, hence the 1
+        # Pillow puts a line of even width half a pixel too low and to the right: 1 corrects it
         return [(self.fine(x + 0.5) - 1, self.fine(y + 0.5) - 1) for x, y in points]
 
     def line(self, points, colour=INK, width=1.0, dash=None):
@@ -1224,17 +1249,14 @@ def ticks(low, high, most):
     """Round numbers from low to high, about `most` at most: multiples of 1, 2 or 5 times 10^k."""
     smallest = (high - low) / most  # the smallest step that gives no more
     power = 10.0 ** math.floor(math.log10(smallest))
-    step = 10 * power
-    for factor in (5, 2, 1):
-        if factor * power >= smallest:
-            step = factor * power
+    step = min(factor * power for factor in (1, 2, 5, 10) if factor * power >= smallest)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [k * step for k in range(first, last + 1)]
 
 
 def axis(fig, start, end, low, high, label, away):
-    """A line from start to end that counts from low to high; `away`: a unit vector, off the data."""
+    """A line from start to end with numbers, low to high; `away`: their direction, a unit vector."""
     across, down = away
     upright = down == 0
     side = "m"
@@ -1318,8 +1340,9 @@ def draw_panels(panels, names, n_columns, path, scale):
 
     for panel, box in zip(panels, boxes):
         if not any(panel.lines):  # no axis without a number
-            left, top, _, _ = box
-            fig.text(left + 135, top + 120, f"{panel.title}: nothing yet", colour=GREY)
+            left, top, right_of_box, bottom_of_box = box
+            middle = point_between((left, top), (right_of_box, bottom_of_box), 0.5)
+            fig.text(*middle, f"{panel.title}: nothing yet", colour=GREY)
             continue
         place = axes(fig, box, panel.xs, panel.ys, panel.xlabel, panel.ylabel, panel.title)
         for i, line in enumerate(panel.lines):
@@ -1358,7 +1381,10 @@ def derivatives(act, x):
 
 
 def smoothness(act):
-    """How smooth a curve is -> its class, the jump of its slope at 0, the largest curvature."""
+    """How smooth a curve is -> C0, C1 or C2+, the jump of its slope at 0, its largest curvature.
+
+    A jump below 1e-3 is rounding, or a curvature that EDGE is too wide for.
+    """
     _, slope, curvature = derivatives(act, torch.tensor([-EDGE, EDGE], dtype=torch.float64))
     jump = slope.diff().abs().item()
     kink = curvature.diff().abs().item()
@@ -1462,13 +1488,13 @@ def curves(args):
         is_validated = any(line["kind"] == "val" for line in log)
         names.append(folder if is_validated else f"{folder} (not validated yet)")
     panels = []
-    for title, ylabel, kind, field, unit, most in (
-            ("Training loss, attacked images", "cross-entropy", "epoch", "loss", 1, math.inf),
-            ("Clean accuracy, held-out images", "accuracy (%)", "val", "clean", 100, 100),
-            ("Robust accuracy, held-out images", "accuracy (%)", "val", "robust", 100, 100)):
+    shown = (("Training loss, attacked images", "cross-entropy", "epoch", "loss", 1, math.inf),
+             ("Clean accuracy, held-out images", "accuracy (%)", "val", "clean", 100, 100),
+             ("Robust accuracy, held-out images", "accuracy (%)", "val", "robust", 100, 100))
+    for title, ylabel, kind, field, unit, most in shown:
         lines = [points_of(log, kind, field, unit) for log in logs]
         points = [point for line in lines for point in line]
-        last_epoch = max([5] + [epoch for epoch, _ in points])
+        last_epoch = max([5] + [epoch for epoch, _ in points])  # an axis of five epochs at least
         ys = span([y for _, y in points] or [1], 0, most)
         panels.append(Panel(title, "epoch", ylabel, (0, 1.03 * last_epoch), ys, lines))
     draw_panels(panels, names, 3, args.png or "out/curves.png", args.scale)
@@ -1610,8 +1636,8 @@ def scatter(args):
 
 # What `compare --json` found, beside the paper's differences
 
-class Sign(NamedTuple):
-    """A value's colour and marker: colours tell them apart, and so do the shapes alone, in grey."""
+class Mark(NamedTuple):
+    """The colour and marker of a verdict; the marker alone is enough in grey."""
 
     name: str
     colour: str
@@ -1619,24 +1645,24 @@ class Sign(NamedTuple):
     hollow: bool
 
 
-HIGHER = Sign("higher", BLUE, DISC, False)
-LOWER = Sign("lower", ORANGE, SQUARE, False)
-UNDECIDED = Sign("undecided", GREY, DISC, True)
-PAPER = Sign("the paper", INK, DIAMOND, True)
+HIGHER = Mark("higher", BLUE, DISC, False)
+LOWER = Mark("lower", ORANGE, SQUARE, False)
+UNDECIDED = Mark("undecided", GREY, DISC, True)
+PAPER = Mark("the paper", INK, DIAMOND, True)
 ROW = 30  # the height of a row
 
 
 def draw_difference(fig, row, y, across):
     """A row's interval as a line, its mean as a marker, the paper's value; across(value) -> x."""
-    sign = UNDECIDED
+    mark = UNDECIDED
     if row["low"] > 0:
-        sign = HIGHER
+        mark = HIGHER
     elif row["high"] < 0:
-        sign = LOWER
-    fig.line([(across(row["low"]), y), (across(row["high"]), y)], sign.colour, 3)
+        mark = LOWER
+    fig.line([(across(row["low"]), y), (across(row["high"]), y)], mark.colour, 3)
     if row.get("reference") is not None:
         fig.marker((across(row["reference"]), y), 5, PAPER.colour, PAPER.shape, PAPER.hollow)
-    fig.marker((across(row["difference"]), y), 5, sign.colour, sign.shape, sign.hollow)
+    fig.marker((across(row["difference"]), y), 5, mark.colour, mark.shape, mark.hollow)
 
 
 def forest_plot(rows, path, scale, title="Difference in accuracy"):
@@ -1685,11 +1711,11 @@ def forest_plot(rows, path, scale, title="Difference in accuracy"):
 
     x = left
     y = bottom + 70
-    for sign in (HIGHER, LOWER, UNDECIDED, PAPER):
-        if sign is not PAPER or has_reference:
-            fig.marker((x, y), 5, sign.colour, sign.shape, sign.hollow)
-            fig.text(x + 12, y, sign.name, "lm", 11, GREY)
-            x += 40 + text_width_of([sign.name], 11)
+    for mark in (HIGHER, LOWER, UNDECIDED, PAPER):
+        if mark is not PAPER or has_reference:
+            fig.marker((x, y), 5, mark.colour, mark.shape, mark.hollow)
+            fig.text(x + 12, y, mark.name, "lm", 11, GREY)
+            x += 40 + text_width_of([mark.name], 11)
     fig.save(path)
 
 
@@ -1710,7 +1736,7 @@ def forest(args):
             measure = f"{comparison['what']}, {comparison['setting']}"
             if measure.startswith(args.only):
                 measures.append(measure)
-                name = comparison.get("name", Path(path).stem)
+                name = Path(path).stem
                 rows.append(dict(name=name, difference=comparison["difference"], low=comparison["low"],
                                  high=comparison["high"], reference=paper.get(name)))
     need(rows, f"no comparison is named like --only {args.only!r}; leave it out for robust accuracy")
@@ -1756,7 +1782,10 @@ def surface_3d(fig, middle, size, z, low, high, reach, labels):
     middle_x, middle_y = middle
 
     def project(a, b, c):
-        """The first index a and the second b in [-1, 1], height c in [0, 1] -> a point of the figure."""
+        """The first index a and the second b in [-1, 1], height c in [0, 1] -> a point of the figure.
+
+        The angles of view and of the light below were chosen by eye.
+        """
         across = 0.75 * a - 0.66 * b
         depth = 0.66 * a + 0.75 * b
         up = 0.42 * depth + 1.1 * c
@@ -1786,22 +1815,22 @@ def surface_3d(fig, middle, size, z, low, high, reach, labels):
     axis(fig, left, left_top, low, high, c_label, (-1, 0))
 
 
-def to_unit(direction):
-    """A direction in pixels -> the same, of mean square 1."""
+def to_rms_1(direction):
+    """A direction in pixels -> the same, with a root mean square of 1."""
     return direction / direction.square().mean().sqrt()
 
 
-def directions(delta, index, seed=0):
-    """The attack's delta (1, C, H, W) and a random direction at right angles, both of mean square 1."""
-    attack = to_unit(delta)
-    random = uniform(seed, index, 0, delta.shape[1:]) - 0.5
+def directions(delta, index):
+    """The attack's delta (1, C, H, W) and a random direction at right angles, both of RMS 1."""
+    attack = to_rms_1(delta)
+    random = uniform(seed=0, index=index, counter=0, shape=delta.shape[1:]) - 0.5
     along = (random * attack).mean()
-    return attack, to_unit(random - along * attack)
+    return attack, to_rms_1(random - along * attack)
 
 
 def loss_surface(net, x, y, attack, random, reach, n):
     """Cross-entropies (n, n) at x + a attack + b random, a and b within +-reach; x (1, C, H, W)."""
-    # Pixels may leave [0, 1]: clamping would put kinks into the picture that the network has not
+    # Pixels may leave [0, 1]: clamping would put kinks into the picture that are not the network's
     offsets = torch.linspace(-reach, reach, n, device=x.device)
     rows = []
     for a in offsets:
@@ -1900,8 +1929,9 @@ def gallery(args):
     need(args.limit is None or args.limit <= 40,
          f"--limit {args.limit} is too long for a picture; use 40 at most")
     run = open_run(args, limit=6)
-    x_adv = pgd_from(run.net, run.index, run.x, run.y, run.eps, run.step_size, run.steps)
-    magnify = max(1, round(127 / run.eps))
+    steps = run.steps if args.steps is None else args.steps
+    x_adv = pgd_from(run.net, run.index, run.x, run.y, run.eps, run.step_size, steps)
+    magnify = max(1, round(127 / run.eps))  # eps becomes black or white
     difference = magnify * (x_adv - run.x) + 0.5
     labels = [f"label: {run.images.classes[label]}" for label in run.y.tolist()]
     columns = [column_of_guesses("clean", run, run.x),
@@ -1932,24 +1962,6 @@ def gallery(args):
 
 # Flags
 
-def add_evaluation_flags(p):
-    """Those of evaluate.py that say which net, which images and which attack."""
-    p.add_argument("--out", default="out", help="a run's folder: its model.pt, network and data")
-    p.add_argument("--weights", help="a state dict; the rest: args.json beside it, or these flags")
-    p.add_argument("--data", choices=data.DATA_SETS, help="default: the run's, or imagenet")
-    p.add_argument("--data-dir", help="default: the run's, or data/imagenet, or data")
-    p.add_argument("--arch", help="default: the run's")
-    p.add_argument("--act", help="default: the run's")
-    p.add_argument("--act-alpha", type=float, help="its sharpness; default: the run's")
-    p.add_argument("--bn-eps", type=float, help="default: the run's; torchvision's b5 to b7: 1e-3")
-    p.add_argument("--res", type=int, help="pixels; default: the run's, or the network's own")
-    p.add_argument("--limit", type=int, help="images: the first of one fixed permutation")
-    p.add_argument("--eps", type=float, help="L-inf radius in 1/255; default: imagenet 4, else 8")
-    p.add_argument("--step-size", type=float, help="of PGD, in 1/255; default: imagenet 1, else 2")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    p.set_defaults(steps=None)  # open_run reads it; only gallery has the flag
-
-
 def add_picture_flags(p, where):
     p.add_argument("--png", help=f"the picture's file; default: {where}")
     p.add_argument("--scale", type=float, default=1, help="pixels a unit; 2 for fine screens")
@@ -1961,13 +1973,13 @@ def get_args(argv=None):
     commands = p.add_subparsers(metavar="COMMAND", required=True)
 
     def add_command(function, help):
-        # Without abbreviations: --act is train.py's flag, not short for --acts
+        # Without abbreviations: what is not known here is train.py's, and --act is not short for --acts
         command = commands.add_parser(function.__name__, help=help, description=help, allow_abbrev=False)
         command.set_defaults(function=function)
         return command
 
     c = add_command(report, "doubt one net's robustness: a verdict for each way to be wrong")
-    add_evaluation_flags(c)
+    evaluate.add_common_flags(c)
     c.add_argument("--surrogate", help="a second net's folder or file, whose attacks are tried too")
     c.add_argument("--normal", help="a normally trained net's folder or file, which may not be robust")
     c.add_argument("--json", help="write the verdicts to this file too")
@@ -1978,10 +1990,11 @@ def get_args(argv=None):
     c.add_argument("--json", help="write the table to this file too")
     add_picture_flags(c, "none is drawn")
 
-    c = add_command(cost, "what the attack and each activation cost in a step; takes train.py's flags")
+    c = add_command(cost, "what the attack and each activation cost; takes train.py's flags too")
     c.add_argument("--acts", nargs="+", default=[*ACTIVATIONS], choices=ACTIVATIONS, metavar="ACT",
-                   help="activations; default: all")
-    c.add_argument("--pgd", nargs="+", type=int, default=[0, 1], help="its steps; default: 0 1")
+                   help="instead of train.py's --act; default: all")
+    c.add_argument("--pgd", nargs="+", type=int, default=[0, 1],
+                   help="instead of train.py's --steps; default: 0 1")
     c.add_argument("--batch-size", type=int, help="images of a step; default: 32 on a CPU, else 128")
     c.add_argument("--rounds", type=int, default=15, help="steps of each kind; the median is shown")
 
@@ -1989,12 +2002,12 @@ def get_args(argv=None):
     c.add_argument("--processes", type=int, default=8, help="devices that share a batch")
 
     c = add_command(landscape, "the loss around images, SAT Fig. 5")
-    add_evaluation_flags(c)
+    evaluate.add_common_flags(c)
     c.add_argument("--against", nargs="+", default=[], help="other nets' folders or files")
     add_picture_flags(c, "landscape.png in the run's folder")
 
     c = add_command(gallery, "images before and after the attack")
-    add_evaluation_flags(c)
+    evaluate.add_common_flags(c)
     c.add_argument("--steps", type=int, help="of PGD; default: imagenet 200, else 50")
     add_picture_flags(c, "gallery.png in the run's folder")
 
@@ -2013,7 +2026,7 @@ def get_args(argv=None):
     c = add_command(forest, "what several `compare --json` have found, a row each")
     c.add_argument("files", nargs="+", help="what compare --json wrote")
     c.add_argument("--paper", help='a JSON file with the paper\'s differences: {"silu": 9.3}')
-    c.add_argument("--only", default="robust", help="start of the measurement's name, as 'robust (last'")
+    c.add_argument("--only", default="robust", help="start of a measurement's name, e.g. 'robust (last'")
     add_picture_flags(c, "out/forest.png")
 
     args, rest = p.parse_known_args(argv)

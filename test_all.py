@@ -3945,6 +3945,14 @@ class TestEvaluateInput(EvaluateCase):
                 self.assertEqual(evaluate.how_to_go_on(), f"torchrun --nproc_per_node=8 {command}")
 
 
+def command(*flags):
+    """Run a command of sanity.py as its command line would -> what it printed; sentences are raised."""
+    text, code = quietly(sanity.main, *flags)
+    if code is not None:
+        raise SystemExit(code)
+    return text
+
+
 class Straight(nn.Module):
     """The class is the sign of (mean of the pixels - 1/2): a known robustness, with room for masks.
 
@@ -3973,8 +3981,8 @@ class TwoClasses(Straight):
         return super().forward(x)[:, :2]
 
 
-class AsFunction(nn.Module):
-    """A function as a module."""
+class AsModule(nn.Module):
+    """A function of one tensor, as the module that it is not."""
 
     def __init__(self, function):
         super().__init__()
@@ -3985,9 +3993,9 @@ class AsFunction(nn.Module):
 
 
 def run_of(net, low=0.01, high=0.09, n=256):
-    """What sanity's doubts are about: a net and n images, classes by turns, eps 8, step 2.
+    """What sanity doubts: a net, n images of two classes by turns, eps 8, step 2.
 
-    Their pixels' mean is `low` to `high` from 1/2, evenly.
+    The mean of an image's pixels is `low` to `high` away from 1/2, evenly over the images.
     """
     index = torch.arange(n)
     y = index % 2
@@ -4008,23 +4016,19 @@ def quantized(x):
     return (64 * x).round() / 64
 
 
-def softmaxed(logits):
-    return logits.softmax(1)
-
-
 def trench(margin):
     """Wrong at 0.038 from the border, right before and behind: PGD-1 steps over it."""
     return margin * (1 - 3 * torch.exp(-(((margin.abs() - 0.038) / 0.006) ** 2)))
 
 
 def afraid_of_fractions(x):
-    """Straight's pixels, but pictures that are not of 8 bits end on the other side of 1/2."""
+    """Images of 8 bits stay as they are, others are mirrored to the other side of 1/2."""
     fraction = (255 * x - (255 * x).round()).abs().mean((1, 2, 3))
     is_8_bit = fraction < 1e-3
     return torch.where(is_8_bit[:, None, None, None], x, 1 - x)
 
 
-class TestReport(unittest.TestCase):
+class TestReport(TemporaryFolder):
     def assert_caught(self, verdicts, doubts):
         """These doubts WARN or FAIL, and there is a FAIL among all."""
         for doubt in doubts:
@@ -4033,8 +4037,8 @@ class TestReport(unittest.TestCase):
 
     def test_a_robust_net_passes_every_doubt_on_256_images(self):
         verdicts = verdicts_on(run_of(Straight()), surrogate=Straight(50.0))
-        skipped = [doubt for doubt, verdict in verdicts.items() if verdict != "PASS"]
-        self.assertEqual(skipped, ["a normal net is robust"], verdicts)
+        others = {doubt: verdict for doubt, verdict in verdicts.items() if verdict != "PASS"}
+        self.assertEqual(others, {"a normal net is robust": "SKIP"})  # there is none to compare with
 
     def test_a_net_with_two_classes_need_not_be_always_right(self):
         run = run_of(TwoClasses())
@@ -4046,12 +4050,9 @@ class TestReport(unittest.TestCase):
     def test_a_net_without_a_margin_has_no_robustness(self):
         self.assert_caught(verdicts_on(run_of(Straight(), 0.001, 0.02)), ["robust"])
 
-    def test_a_normal_net_that_stands_means_that_pgd_is_weak(self):
-        doubts = list(sanity.all_doubts(run_of(Straight()), normal=Straight()))
-        found = {verdict["what"]: verdict for verdict in doubts}
-        normal = found["a normal net is robust"]
-        self.assertEqual(normal["verdict"], "FAIL")
-        self.assertEqual(normal["n_hit"], found["robust"]["n_hit"])  # since it is the same net
+    def test_a_normal_net_that_withstands_pgd_means_that_pgd_is_weak(self):
+        verdicts = verdicts_on(run_of(Straight()), normal=Straight())
+        self.assertEqual(verdicts["a normal net is robust"], "FAIL")
 
     def test_masks_are_caught_by_the_doubts_that_should(self):
         generator = torch.Generator().manual_seed(0)
@@ -4063,24 +4064,23 @@ class TestReport(unittest.TestCase):
                  "robust to both, not to Square", "loss rises all the way to x_adv"]
         cases = {
             "saturated": (Straight(1e7), blind),
-            "quantized": (Straight(before=AsFunction(quantized)), blind),
-            "random": (Straight(after=AsFunction(noisy)),
+            "quantized": (Straight(before=AsModule(quantized)), blind),
+            "random": (Straight(after=AsModule(noisy)),
                        ["two calls differ", "loss rises all the way to x_adv"]),
-            "softmax": (Straight(after=AsFunction(softmaxed)), ["outputs are no logits"]),
+            "softmax": (Straight(after=nn.Softmax(1)), ["outputs are no logits"]),
         }
         for name, (net, doubts) in cases.items():
             with self.subTest(name):
                 self.assert_caught(verdicts_on(run_of(net)), doubts)
 
     def test_overfitting_to_one_step_is_caught(self):
-        verdicts = verdicts_on(run_of(Straight(bend=AsFunction(trench)), 0.049, 0.051))
+        verdicts = verdicts_on(run_of(Straight(bend=AsModule(trench)), 0.049, 0.051))
         self.assert_caught(verdicts, ["withstands PGD-1, PGD-50 too"])
 
     def test_adversarial_images_that_rounding_undoes_are_caught(self):
-        what = "fooled by 8-bit pictures too"
-        run = run_of(Straight(before=AsFunction(afraid_of_fractions)))
+        run = run_of(Straight(before=AsModule(afraid_of_fractions)))
         run.x = (255 * run.x).round() / 255
-        self.assertEqual(verdicts_on(run)[what], "WARN")
+        self.assertEqual(verdicts_on(run)["fooled by 8-bit pictures too"], "WARN")
 
     def test_a_few_images_earn_no_pass(self):
         mostly_wrong = run_of(Straight(), n=30)
@@ -4120,27 +4120,22 @@ class TestReport(unittest.TestCase):
                 self.assertEqual(found, code)
 
     def test_report_measures_a_run_and_writes_every_doubt(self):
-        folder = Path(self.enterContext(tempfile.TemporaryDirectory()), "made")
-        text, code = quietly(sanity.main, "report", "--out", a_run(), "--limit", 4, "--json",
-                             folder / "report.json", "--surrogate", a_run())
+        path = self.root / "made" / "report.json"
+        text, code = quietly(sanity.main, "report", "--out", a_run(), "--limit", 4, "--json", path,
+                             "--surrogate", a_run())
         self.assertIn(code, (1, 2))
-        self.assertRegex(text, r"about --limit \d+ would settle it")
-        written = json.loads((folder / "report.json").read_text())
+        written = json.loads(path.read_text())
         self.assertEqual((written.pop("n"), written.pop("eps")), (4, 8))
-        self.assertRegex(written.pop("hash"), r"\A[0-9a-f]{12}\Z")
+        self.assertRegex(written.pop("hash"), "^[0-9a-f]{12}$")
         self.assertEqual(len(written), 18)
         for what, verdict in written.items():
             self.assertRegex(text, f"(?m)^{verdict['verdict']} +{what}")
 
     def test_report_refuses_what_it_cannot_doubt(self):
-        cases = (("--eps 0", "--eps 0"), ("--limit 0", "--limit 0"), ("--step-size nan", "nan"),
-                 ("--out nowhere", "nowhere"), ("--normal nowhere.pt", "nowhere.pt"),
-                 (f"--json {tempfile.gettempdir()}", "folder"))
-        for flags, words in cases:
+        for flags, words in (("--eps 0", "--eps 0"), ("--out nowhere", "nowhere"),
+                             ("--normal nowhere.pt", "nowhere.pt"), ("--json .", "folder")):
             with self.subTest(flags):
-                folder = [] if "--out" in flags else ["--out", a_run()]
-                _, sentence = quietly(sanity.main, "report", *folder, *flags.split())
-                self.assertRegex(str(sentence), rf"\A.*{words}.*\Z")
+                refuses(self, SystemExit, words, command, "report", "--out", a_run(), *flags.split())
 
 
 # sanity: compare
@@ -4148,41 +4143,49 @@ class TestReport(unittest.TestCase):
 def simulate(n_comparisons, n_seeds, n_images, shares, delta, seed):
     """Verdicts of two methods of which one is `delta` more accurate -> new, old, (n, S, N) bool.
 
-    A verdict is whether a sum of normal numbers stays below a threshold: one of the image that both
-    methods share, one of image and method, one of seed and method, one of everything. `shares` are
-    the first three's of the variance 1, so the threshold makes the accuracy exactly what it should be.
+    A verdict is right where a normal number of variance 1 is below a threshold, which gives its method
+    exactly the accuracy it should have. That number is a sum, and `shares` are the variances of its
+    first terms: of the image (the same for both methods), of image and method, of seed and method.
     """
     generator = torch.Generator().manual_seed(seed)
     of_image, of_image_and_method, of_seed = shares
-    of_all = 1 - sum(shares)
-    n = n_comparisons
-    shared = math.sqrt(of_image) * torch.randn(n, 1, n_images, generator=generator)
+
+    def normal(variance, *shape):
+        return math.sqrt(variance) * torch.randn(shape, generator=generator)
+
+    shared = normal(of_image, n_comparisons, 1, n_images)
     sides = []
     for accuracy in (0.45 + delta, 0.45):
-        z = shared + math.sqrt(of_image_and_method) * torch.randn(n, 1, n_images, generator=generator)
-        z = z + math.sqrt(of_seed) * torch.randn(n, n_seeds, 1, generator=generator)
-        z = z + math.sqrt(of_all) * torch.randn(n, n_seeds, n_images, generator=generator)
+        number = shared + normal(of_image_and_method, n_comparisons, 1, n_images)
+        number = number + normal(of_seed, n_comparisons, n_seeds, 1)
+        number = number + normal(1 - sum(shares), n_comparisons, n_seeds, n_images)
         threshold = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(accuracy))
-        sides.append((z < threshold).numpy())
+        sides.append((number < threshold).numpy())
     return sides
 
 
 def run_folder(root, name, clean, robust_at, seed=0, eps=8, images="pictures", code="code", last=True,
                loss=1.0, index=None):
-    """A run's folder, with the report and ledger of a PGD: clean (N,), robust_at (N, steps + 1) bool."""
+    """A run's folder as `compare` reads it: args.json, a log, the report and the ledger of one PGD.
+
+    clean (N,) and robust_at (N, steps + 1), bool, are the verdicts. last: SAT's protocol. index: the
+    images' numbers, by default 0 to N - 1.
+    """
     folder = root / name
     (folder / "eval").mkdir(parents=True)
     (folder / "args.json").write_text(json.dumps(dict(seed=seed, act=name.split("-")[0], out=name)))
     lines = [dict(kind="epoch", epoch=1, loss=9.0, error=0.9), dict(kind="step", epoch=2, loss=7.0),
              dict(kind="epoch", epoch=2, loss=loss, error=0.5)]
     log = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "log.jsonl").write_text(log + '{"kind": "ep')  # a torn last line
+    (folder / "log.jsonl").write_text(log + '{"kind": "ep')  # a kill tore the last line
     steps = robust_at.shape[1] - 1
+    if index is None:
+        index = range(len(clean))
     report = dict(attack="pgd", eps=eps, step_size=2, steps=steps, restarts=1, last_iterate=last, seed=0,
                   smooth_backward="none", dtype="fp32", ledger="ledger", images=images, code=code)
     (folder / "eval" / "ledger.json").write_text(json.dumps(report))
     with open(folder / "eval" / "ledger.0.jsonl", "w") as ledger:
-        for row, number in enumerate(range(len(clean)) if index is None else index):
+        for row, number in enumerate(index):
             line = dict(index=number, label=3, clean=3 if clean[row] else 4, forwards=1)
             if last:
                 line["robust_at"] = "".join(str(int(digit)) for digit in robust_at[row])
@@ -4198,18 +4201,18 @@ class TestCompare(TemporaryFolder):
         """Runs of some seeds; `shift` is how much likelier a verdict is right."""
         folders = []
         for seed in seeds:
-            random = np.random.default_rng([seed, len(name)])
-            clean = random.random(n) < 0.8 + shift
-            robust_at = random.random((n, 3)) < 0.5 + shift
+            generator = np.random.default_rng([seed, len(name)])
+            clean = generator.random(n) < 0.8 + shift
+            robust_at = generator.random((n, 3)) < 0.5 + shift
             folder = run_folder(self.root, f"{name}-{seed}", clean, robust_at, seed=seed, **settings)
             folders.append(folder)
         return folders
 
     def compare(self, new, old):
-        """-> what was printed, the exit code, what --json holds (None after an error)."""
+        """What `compare` says of two lists of folders -> what it printed, what it wrote with --json."""
         path = self.root / "compared.json"
-        text, code = quietly(sanity.main, "compare", *new, "--against", *old, "--json", path)
-        return text, code, json.loads(path.read_text()) if code is None else None
+        text = command("compare", *new, "--against", *old, "--json", path)
+        return text, json.loads(path.read_text())
 
     def test_students_t_is_the_tables(self):
         table = {1: 12.706, 2: 4.303, 4: 2.776, 10: 2.228, 30: 2.042, 999: 1.962}
@@ -4244,23 +4247,24 @@ class TestCompare(TemporaryFolder):
                 n_missed = 0
                 for k in range(2000):
                     low, high, _ = sanity.interval_of_seeds(new[k], old[k])
-                    n_missed += not low <= delta <= high
+                    if not low <= delta <= high:
+                        n_missed += 1
                 self.assertLess(n_missed / 2000, 0.065)
-                self.assertGreater(n_missed / 2000, 0.015)  # wider than it need be
+                self.assertGreater(n_missed / 2000, 0.015)  # it may be a bit too wide
 
     def test_the_spread_is_that_of_seeds_and_of_images_apart(self):
-        random = np.random.default_rng(0)
-        of_seed = 0.1 * random.standard_normal((400, 1))
-        of_image = 0.3 * random.standard_normal((1, 5000))
-        rest = 0.5 * random.standard_normal((400, 5000))
+        generator = np.random.default_rng(0)
+        of_seed = 0.1 * generator.standard_normal((400, 1))
+        of_image = 0.3 * generator.standard_normal((1, 5000))
+        rest = 0.5 * generator.standard_normal((400, 5000))
         spread = sanity.spread_of(0.2 + of_seed + of_image + rest)
-        self.assertAlmostEqual(spread.of_a_seed, 0.01, delta=0.001)
-        self.assertAlmostEqual(spread.of_images * 5000, 0.09, delta=0.003)
-        nothing = sanity.spread_of(of_seed[:5] + rest[:5])  # no image is better for one method
-        self.assertLess(nothing.of_images * 5000, 0.005)
+        self.assertAlmostEqual(spread.seed_variance, 0.1**2, delta=0.001)
+        self.assertAlmostEqual(spread.images_variance * 5000, 0.3**2, delta=0.003)
+        without_images = sanity.spread_of(of_seed[:5] + rest[:5])
+        self.assertLess(without_images.images_variance * 5000, 0.005)
 
     def test_the_number_of_seeds_that_would_decide_is_the_least(self):
-        spread = sanity.Spread(n_seeds=3, of_a_seed=1e-4, of_images=2.5e-5)
+        spread = sanity.Spread(n_seeds=3, seed_variance=1e-4, images_variance=2.5e-5)
         for difference in (0.0105, 0.011, 0.012, 0.014):
             with self.subTest(difference=difference):
                 n_seeds = sanity.n_seeds_to_decide(difference, spread)
@@ -4268,40 +4272,42 @@ class TestCompare(TemporaryFolder):
                 self.assertGreater(sanity.half_width(spread, n_seeds - 1), difference)
         self.assertIsNone(sanity.n_seeds_to_decide(0.009, spread))  # 1.96 x 0.005 is the images' alone
 
-    def test_runs_are_paired_by_seed_and_by_image(self):
-        new = self.folders("silu", (0, 1, 2), shift=0.15)
-        old = self.folders("relu", (2, 1, 3, 0))
-        text, code, written = self.compare(new, old)
-        self.assertIsNone(code, text)
-        self.assertRegex(text, "seeds 3 are on one side only")
-        self.assertRegex(text, "3 pairs matched by seed .0, 1, 2.: the intervals are about the method")
-        self.assertIn("act: silu | relu", text)
+    def test_runs_are_paired_by_seed(self):
+        text, written = self.compare(self.folders("silu", (0, 1, 2)), self.folders("relu", (2, 1, 3, 0)))
         self.assertEqual(written["seeds"], [0, 1, 2])
+        self.assertIn("seeds 3 are on one side only", text)
+
+    def robust_in_ledger(self, folder):
+        """By a plain loop: is the image right on x and on every iterate? [N] bool."""
+        robust = []
+        for text in (folder / "eval" / "ledger.0.jsonl").read_text().splitlines():
+            line = json.loads(text)
+            robust.append(line["clean"] == line["label"] and "0" not in line["robust_at"])
+        return robust
+
+    def test_a_difference_is_counted_image_by_image(self):
+        new = self.folders("silu", (0, 1, 2), shift=0.15)
+        old = self.folders("relu", (0, 1, 2))
+        differences = []
+        for new_folder, old_folder in zip(new, old):
+            for is_new_robust, is_old_robust in zip(self.robust_in_ledger(new_folder),
+                                                    self.robust_in_ledger(old_folder)):
+                differences.append(is_new_robust - is_old_robust)
+        _, written = self.compare(new, old)
         rows = {row["what"]: row for row in written["comparisons"]}
         self.assertEqual(list(rows), ["clean", "robust (last iterate)", "robust (every iterate)"])
-
-        differences = []
-        n_only_new = 0
-        for seed in (0, 1, 2):
-            lines = []
-            for name in ("silu", "relu"):
-                ledger = self.root / f"{name}-{seed}" / "eval" / "ledger.0.jsonl"
-                lines.append([json.loads(text) for text in ledger.read_text().splitlines()])
-            for a, b in zip(*lines):
-                a_robust = a["robust_at"] == "111" and a["clean"] == 3
-                b_robust = b["robust_at"] == "111" and b["clean"] == 3
-                differences.append(a_robust - b_robust)
-                n_only_new += a_robust and not b_robust
         row = rows["robust (every iterate)"]
         self.assertAlmostEqual(row["difference"], 100 * np.mean(differences))
-        self.assertAlmostEqual(row["only_new"], n_only_new / 3)
-        self.assertEqual(row["verdict"], "higher")
+        self.assertAlmostEqual(row["only_new"], differences.count(1) / 3)
         self.assertLess(row["low"], row["difference"])
-        self.assertEqual(written["training"][0]["new"], 1.0)  # the last epoch's, not the torn line's
+        self.assertEqual(row["verdict"], "higher")
+
+    def test_the_training_loss_is_that_of_the_last_epoch(self):
+        _, written = self.compare(self.folders("silu", [0]), self.folders("relu", [0]))
+        self.assertEqual(written["training"][0]["new"], 1.0)
 
     def test_two_networks_are_compared_as_two_networks(self):
-        text, code, written = self.compare(self.folders("silu", [4]), self.folders("relu", [7]))
-        self.assertIsNone(code, text)
+        text, written = self.compare(self.folders("silu", [4]), self.folders("relu", [7]))
         self.assertIn("about these two networks, not about the method", text)
         self.assertEqual({row["verdict"] for row in written["comparisons"]}, {"undecided"})
 
@@ -4310,12 +4316,12 @@ class TestCompare(TemporaryFolder):
             with self.subTest(n_seeds=n_seeds):
                 new = self.folders(f"new{n_seeds}", range(n_seeds), shift=0.01)
                 old = self.folders(f"old.{n_seeds}", range(n_seeds))
-                text, code, _ = self.compare(new, old)
+                text, _ = self.compare(new, old)
                 self.assertRegex(text, f"(?m){wanted}")
 
-    def test_strict_ledgers_have_one_robust_accuracy(self):
+    def test_ledgers_without_the_last_iterate_have_one_robust_accuracy(self):
         new = self.folders("silu", [0], last=False)
-        _, _, written = self.compare(new, self.folders("relu", [0], last=False))
+        _, written = self.compare(new, self.folders("relu", [0], last=False))
         self.assertEqual([row["what"] for row in written["comparisons"]], ["clean", "robust"])
 
     def test_what_cannot_be_compared_is_refused_with_a_sentence(self):
@@ -4341,13 +4347,11 @@ class TestCompare(TemporaryFolder):
         }
         for name, (new, words) in cases.items():
             with self.subTest(name):
-                _, sentence, _ = self.compare(new, old)
-                self.assertRegex(str(sentence), rf"\A.*{words}.*\Z")
+                refuses(self, SystemExit, words, self.compare, new, old)
 
     def test_other_code_and_images_of_one_side_only_are_warned_of(self):
         new = self.folders("silu", [0], code="edited", n=150)
-        text, code, written = self.compare(new, self.folders("relu", [0]))
-        self.assertIsNone(code)
+        text, written = self.compare(new, self.folders("relu", [0]))
         self.assertRegex(text, "warning: .*different versions of the code")
         self.assertRegex(text, "warning: .*150 of 200 images")
         self.assertEqual(written["comparisons"][0]["n"], 150)
@@ -4359,28 +4363,24 @@ class TestCost(unittest.TestCase):
     def test_the_table_has_a_row_for_every_kind_of_step(self):
         flags = ("cost --data shapes --res 16 --acts silu relu --pgd 0 2 --rounds 3 --batch-size 8 "
                  "--device cpu")
-        text, code = quietly(sanity.main, *flags.split())
-        self.assertIsNone(code, text)
+        text = command(*flags.split())
         self.assertIn("resnet8, 16 px, 8 images", text)
-        self.assertNotRegex(text, "nan|MiB")  # no memory on a CPU
         rows = [line.split() for line in text.splitlines()[2:-1]]
-        kinds = [" ".join(row[:2]) for row in rows]
-        self.assertEqual(kinds, ["silu 0", "silu 2", "relu 0", "relu 2"])
-        for act, steps, _, _, _, attack, to_plain, flops, to_relu in rows:
-            if steps == "0":
-                self.assertEqual((to_plain, flops), ("1.00", "1.00"))
-            else:
-                self.assertTrue(20 < float(attack.rstrip("%")) < 90, attack)
-                self.assertEqual(flops, "2.33")
+        self.assertEqual([(act, steps) for act, steps, *_ in rows],
+                         [("silu", "0"), ("silu", "2"), ("relu", "0"), ("relu", "2")])
+        for act, steps, _, _, _, _, to_plain, by_flops, to_relu in rows:
+            if steps == "0":  # compared with itself
+                self.assertEqual((to_plain, by_flops), ("1.00", "1.00"))
+            else:  # two steps of 2 forwards and an update of 3, against an update
+                self.assertEqual(by_flops, "2.33")
             if act == "relu":
                 self.assertEqual(to_relu, "1.00")
-        self.assertRegex(text.splitlines()[-1], r"loader: \d+ img/s on one core")
 
     def test_a_ratio_to_what_was_not_measured_is_a_dash(self):
-        flags = "--data shapes --res 16 --acts silu --pgd 1 --rounds 1 --batch-size 4 --device cpu"
-        text, _ = quietly(sanity.main, "cost", *flags.split())
-        row = text.splitlines()[2].split()
-        self.assertEqual((row[6], row[8]), ("-", "-"))
+        flags = "cost --data shapes --res 16 --acts silu --pgd 1 --rounds 1 --batch-size 4 --device cpu"
+        row = command(*flags.split()).splitlines()[2].split()
+        _, _, _, _, _, _, to_plain, _, to_relu = row
+        self.assertEqual((to_plain, to_relu), ("-", "-"))
 
     def test_a_timed_step_is_an_update_of_train(self):
         flags = train.get_args("--data shapes --device cpu --act relu".split())
@@ -4390,22 +4390,19 @@ class TestCost(unittest.TestCase):
         net = trainer.train_model
         before = net.fc.weight.clone()
         with mock.patch("train.attack", wraps=train.attack) as attack:
-            step_cost = sanity.timed_step(trainer, torch.rand(4, 3, 32, 32), torch.arange(4))
+            sanity.timed_step(trainer, torch.rand(4, 3, 32, 32), torch.arange(4))
         attack.assert_called_once()
-        self.assertTrue(0 < step_cost.attack_seconds < step_cost.seconds)
         self.assertFalse(torch.equal(net.fc.weight, before))
         self.assertIsNone(net.fc.weight.grad)
         self.assertTrue(net.training)
 
     def test_flags_that_make_no_table_are_refused(self):
-        cases = (("cost --rounds 0", "--rounds 0"), ("cost --pgd -1", "--pgd -1"),
-                 ("cost --data shapes --batch-size 0", "--batch-size 0"),
-                 ("cost --data shapes --eps nan", "nan"), ("plan --processes 0", "--processes 0"),
-                 ("plan --batch-size 100", "does not split over 8"), ("plan --lr inf", "inf"))
-        for flags, words in cases:
+        for flags, words in (("cost --data shapes --pgd -1", "--pgd -1"),
+                             ("plan --processes 0", "--processes 0"),
+                             ("plan --batch-size 100", "does not split over 8"),
+                             ("plan --lr inf", "--lr inf is out of range")):
             with self.subTest(flags):
-                _, sentence = quietly(sanity.main, *flags.split())
-                self.assertRegex(str(sentence), rf"\A.*{words}.*\Z")
+                refuses(self, SystemExit, words, command, *flags.split())
 
     def test_a_flag_of_train_is_not_taken_for_one_of_cost(self):
         args = sanity.get_args("cost --act relu --acts silu gelu --data shapes --rounds 4".split())
@@ -4425,10 +4422,9 @@ class TestPlan(unittest.TestCase):
         self.assertAlmostEqual(size.kept_bytes / quarter.kept_bytes, 4, delta=0.1)
 
     def test_a_plan_needs_no_data_and_adds_up(self):
-        flags = "plan --device cpu --data-dir nowhere --holdout 0"
-        with mock.patch("sanity.time_a_cpu", return_value=(1000.0, "nothing")):
-            text, code = quietly(sanity.main, *flags.split())
-        self.assertIsNone(code, text)
+        with (tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder),
+              mock.patch("sanity.time_a_cpu", return_value=(1000.0, "nothing"))):
+            text = command(*"plan --device cpu --holdout 0".split())
         self.assertIn("resnet50 silu at 224 px, 25.6M parameters, 8.18 GFLOPs", text)
         self.assertIn("1281167 images", text)
         self.assertIn("100 epochs x 1251 steps x 1024 images = 128.1M images, 5.24 EFLOPs", text)
@@ -4436,19 +4432,13 @@ class TestPlan(unittest.TestCase):
         self.assertIn(f"{hours:.1f} on 1, {hours / 8:.1f} on 8", text)
         self.assertIn("the 128 images that each of 8 devices holds", text)
 
+    def test_a_folder_that_is_named_has_to_be_there(self):
+        refuses(self, SystemExit, "nowhere", command, *"plan --device cpu --data-dir nowhere".split())
+
     def test_a_plan_counts_data_that_are_there_and_times_a_step(self):
-        text, code = quietly(sanity.main, *"plan --data shapes --device cpu".split())
-        self.assertIsNone(code, text)
+        text = command(*"plan --data shapes --device cpu".split())
         self.assertIn("5500 images to train on, 10 classes (counted)", text)
         self.assertRegex(text, r"timed    \d+ images at 32 px took [\d.]+ s")
-
-
-def command(*flags):
-    """Run a command of sanity.py as its command line would -> what it printed; sentences are raised."""
-    text, code = quietly(sanity.main, *flags)
-    if code is not None:
-        raise SystemExit(code)
-    return text
 
 
 def read_pixels(path):
@@ -4469,16 +4459,15 @@ def rgb(colour):
     return np.array([int(colour[k:k + 2], 16) for k in (1, 3, 5)])
 
 
-def where(pixels, colour):
+def places_of(pixels, colour):
     """Rows and columns of the pixels (H, W, 3) that have exactly this colour."""
     return np.nonzero((pixels == rgb(colour)).all(2))
 
 
-def write(path, content):
-    """A JSON file, in a folder that is made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+def write_json(path, content):
+    """-> path."""
     Path(path).write_text(json.dumps(content))
-    return str(path)
+    return path
 
 
 def evaluation(act="silu", clean=900, robust=600, seed=0, steps=1, **more):
@@ -4488,8 +4477,7 @@ def evaluation(act="silu", clean=900, robust=600, seed=0, steps=1, **more):
                   data="shapes", attack="pgd", steps=50, eps=8, step_size=2, restarts=1, seed=0,
                   last_iterate=False, smooth_backward="none", dtype="fp32", n=1000, n_correct=clean,
                   n_robust=robust, train=recipe)
-    report.update(more)
-    return report
+    return report | more
 
 
 def comparison(difference, low, high, what="robust"):
@@ -4516,24 +4504,14 @@ class TestFigure(unittest.TestCase):
                 fig.marker((20, 20), 4, "#FF0000")
                 pixels = draw(fig)
                 self.assertEqual(pixels.shape, (30 * scale, 40 * scale, 3))
-                rows, columns = where(pixels, "#0000FF")
+                rows, columns = places_of(pixels, "#0000FF")
                 self.assertEqual(set(rows), set(range(10 * scale, 11 * scale)))
                 ends = [columns.min(), columns.max() + 1]
                 np.testing.assert_allclose(ends, [5.5 * scale, 35.5 * scale], atol=1)
-                rows, columns = where(pixels, "#FF0000")
+                rows, columns = places_of(pixels, "#FF0000")
                 middle = [rows.mean() + 0.5, columns.mean() + 0.5]
                 np.testing.assert_allclose(middle, 20.5 * scale, atol=0.3)
                 self.assertAlmostEqual(len(rows), np.pi * (4 * scale) ** 2, delta=16 * scale)
-
-    def test_a_hollow_marker_is_white_inside_and_parted_from_what_it_covers(self):
-        fig = sanity.Figure(40, 40, 2)
-        fig.line([(0, 20), (40, 20)], "#0000FF", 3)
-        fig.marker((20, 20), 8, "#FF0000", sanity.SQUARE, hollow=True)
-        pixels = draw(fig)
-        self.assertEqual(pixels[41, 41].tolist(), [255, 255, 255])
-        _, blue = where(pixels, "#0000FF")
-        _, red = where(pixels, "#FF0000")
-        self.assertGreater(red.min() - blue[blue < 41].max(), 2)
 
     def test_dashes_have_the_lengths_of_their_pattern_around_corners_too(self):
         corner = [(0, 0), (33, 0), (33, 57)]
@@ -4562,8 +4540,8 @@ class TestFigure(unittest.TestCase):
             fig = sanity.Figure(400, 300, 1)
             place = sanity.axes(fig, (50, 50, 350, 250), (-3.3, 7.1), (0.02, 0.31), "", "", grid=False)
         ink = (draw(fig) < 128).all(2)
-        columns = np.nonzero(ink[253])[0]  # below the lower axis are only its ticks
-        rows = np.nonzero(ink[:, 47])[0]
+        columns = np.nonzero(ink[253])[0]  # below the lower axis there are only its ticks
+        rows = np.nonzero(ink[:, 47])[0]  # and left of the other one
         expected_columns = [place(mark, 0.1)[0] for mark in (-2, 0, 2, 4, 6)]
         expected_rows = [place(0, mark)[1] for mark in (0.3, 0.25, 0.2, 0.15, 0.1, 0.05)]
         np.testing.assert_allclose(columns, expected_columns, atol=0.5)
@@ -4599,9 +4577,7 @@ class TestFigure(unittest.TestCase):
 
     def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(self):
         begun = AssertionError("the work has begun")
-        for flag, value in (("--scale", "0"), ("--scale", "-1"), ("--scale", "nan"), ("--scale", "inf"),
-                            ("--scale", "0.2"), ("--scale", "9"), ("--png", "x.xyz"), ("--png", "x"),
-                            ("--png", ".")):
+        for flag, value in (("--scale", "9"), ("--png", "x.xyz"), ("--png", "x"), ("--png", ".")):
             for words in ("activations", "landscape", "gallery", "curves x", "scatter x", "forest x"):
                 with self.subTest(command=words, flag=flag, value=value), \
                         mock.patch.object(sanity, "open_run", side_effect=begun), \
@@ -4640,16 +4616,14 @@ class TestActivationsPicture(InAnEmptyFolder):
         self.assertEqual(sanity.bytes_saved(square_of, x), 4)
         self.assertEqual(sanity.bytes_saved(product_of_sines, x), 12)
 
-    def test_it_prints_a_row_for_each_and_says_that_the_lower_panels_zoom_in(self):
+    def test_each_activation_is_printed_and_drawn(self):
         with mock.patch.object(sanity, "ROUNDS", 1), mock.patch.object(sanity, "draw_panels") as drawn, \
                 mock.patch.object(torch, "set_num_threads"):
             text = command("activations")
         self.assertEqual(len(text.splitlines()), 1 + len(ACTIVATIONS))
-        panels, names, _, path, _ = drawn.call_args.args
+        _, names, _, path, _ = drawn.call_args.args
         self.assertEqual(names, list(ACTIVATIONS))
         self.assertEqual(path, "out/activations.png")
-        self.assertEqual([panel.title for panel in panels], ["Activations", "Derivatives",
-                         "Activations, around 0", "Derivatives, around 0"])
 
 
 class TestCurves(InAnEmptyFolder):
@@ -4659,26 +4633,19 @@ class TestCurves(InAnEmptyFolder):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (Path(folder) / "log.jsonl").write_text(text + torn)
 
-    def test_a_run_that_is_not_validated_has_no_point_there(self):
+    def test_points_are_the_logged_values_and_a_run_that_is_not_validated_has_none_there(self):
         first = dict(kind="epoch", epoch=1, loss=2.0)
         second = dict(kind="epoch", epoch=2, loss=1.0)
-        self.log("validated", first, second, dict(kind="val", epoch=2, clean=0.4, robust=0.1))
+        self.log("validated", first, second, dict(kind="val", epoch=2, clean=0.5, robust=0.25))
         self.log("young", first, second)
-        command("curves", "validated", "young")
-        pixels = read_pixels("out/curves.png")
-        _, columns = where(pixels, sanity.style(1).colour)
-        legend = 60 + 3 * 340
-        in_panels = columns[columns < legend]
-        self.assertGreater(len(in_panels), 0, "its loss is drawn")
-        self.assertLess(in_panels.max(), 340, "nothing is invented")
-
-    def test_a_point_is_where_its_epoch_and_value_are(self):
-        self.log("run", dict(kind="val", epoch=4, clean=0.5, robust=0.25))
-        with mock.patch.object(sanity, "draw_panels") as drawn:
-            command("curves", "run")
-        panels, names, _, _, _ = drawn.call_args.args
-        self.assertEqual([panel.lines for panel in panels], [[[]], [[(4, 50)]], [[(4, 25)]]])
-        self.assertEqual(names, ["run"])
+        with mock.patch.object(sanity, "draw_panels", wraps=sanity.draw_panels) as drawn:
+            command("curves", "validated", "young")
+        panels, *_ = drawn.call_args.args
+        loss, clean, robust = [panel.lines for panel in panels]
+        self.assertEqual(loss, [[(1, 2), (2, 1)], [(1, 2), (2, 1)]])
+        self.assertEqual(clean, [[(2, 50)], []])
+        self.assertEqual(robust, [[(2, 25)], []])
+        self.assertTrue(Path("out/curves.png").exists())
 
     def test_an_epoch_that_was_run_twice_counts_with_its_last_value_and_a_torn_line_not_at_all(self):
         self.log("run", dict(kind="epoch", epoch=1, loss=9.0), dict(kind="epoch", epoch=2, loss=8.0),
@@ -4693,9 +4660,7 @@ class TestCurves(InAnEmptyFolder):
         command("curves", name)
         pixels = read_pixels("out/curves.png")
         columns = np.nonzero((pixels < 128).all(2).any(0))[0]
-        drawn = columns.max() - (60 + 3 * 340 + 42)
-        self.assertGreater(drawn, sanity.text_width_of([name]) - 3)
-        self.assertLess(columns.max(), pixels.shape[1] - 10)
+        self.assertLess(columns.max(), pixels.shape[1] - 10)  # white is left beside the last letter
 
     def test_what_is_no_run_is_named(self):
         Path("file").write_text("")
@@ -4722,8 +4687,8 @@ class TestScatter(InAnEmptyFolder):
                 self.assertNotEqual(sanity.network_name(other), first)
 
     def test_a_report_is_a_marker_where_the_axes_say_and_a_normal_net_is_hollow(self):
-        robust = write("robust.json", evaluation(clean=900, robust=600))
-        normal = write("normal.json", evaluation(clean=980, robust=0, steps=0))
+        robust = write_json("robust.json", evaluation(clean=900, robust=600))
+        normal = write_json("normal.json", evaluation(clean=980, robust=0, steps=0))
         with mock.patch.object(sanity, "axes", wraps=sanity.axes) as axes:
             command("scatter", robust, normal)
         _, box, xs, ys = axes.call_args.args[:4]
@@ -4736,14 +4701,14 @@ class TestScatter(InAnEmptyFolder):
                 x = left + (right - left) * (clean - xs[0]) / (xs[1] - xs[0])
                 y = bottom - (bottom - top) * (share - ys[0]) / (ys[1] - ys[0])
                 np.testing.assert_array_equal(pixels[round(y), round(x)], inside)
-                rows, columns = where(pixels[:, :int(right)], style.colour)
+                rows, columns = places_of(pixels[:, :int(right)], style.colour)
                 near = (np.abs(rows - y) < 8) & (np.abs(columns - x) < 8)
                 self.assertGreater(near.sum(), 15)
 
     def test_the_paper_is_a_ring_with_a_number_in_each_panel(self):
-        report = write("report.json", evaluation())
-        other = write("other.json", evaluation(attack="autoattack", steps=None))
-        paper = write("paper.json", [dict(name="SAT: SiLU", clean=69.7, robust=42.3)])
+        report = write_json("report.json", evaluation())
+        other = write_json("other.json", evaluation(attack="autoattack", steps=None))
+        paper = write_json("paper.json", [dict(name="SAT: SiLU", clean=69.7, robust=42.3)])
         with mock.patch.object(sanity, "draw_ring", wraps=sanity.draw_ring) as ring:
             command("scatter", report, other, "--paper", paper)
         self.assertEqual(ring.call_count, 2 + 1)  # two panels, one legend
@@ -4751,57 +4716,70 @@ class TestScatter(InAnEmptyFolder):
     def test_what_is_no_report_is_named(self):
         Path("folder.json").mkdir()
         Path("broken.json").write_text('{"n": 3')
-        write("list.json", [1])
-        write("empty.json", {})
-        write("none.json", evaluation(n=0))
+        write_json("list.json", [1])
+        write_json("empty.json", {})
+        write_json("none.json", evaluation(n=0))
         for name in ("folder.json", "broken.json", "mistyped.json", "list.json", "empty.json",
                      "none.json"):
             with self.subTest(name=name):
                 refuses(self, SystemExit, name, command, "scatter", name)
-        report = write("report.json", evaluation())
+        report = write_json("report.json", evaluation())
         for name in ("broken.json", "empty.json", "list.json"):
             with self.subTest(paper=name):
                 refuses(self, SystemExit, name, command, "scatter", report, "--paper", name)
 
 
 class TestForest(InAnEmptyFolder):
-    def test_mean_interval_paper_and_zero_are_where_the_axis_says_and_the_verdict_is_a_colour(self):
-        rows = [dict(name="up", difference=2, low=1, high=4, reference=6),
-                dict(name="down", difference=-5, low=-7, high=-2, reference=None),
-                dict(name="nobody knows", difference=0.5, low=-2, high=3)]
+    rows = [dict(name="up", difference=2, low=1, high=4, reference=6),
+            dict(name="down", difference=-5, low=-7, high=-2, reference=None),
+            dict(name="nobody knows", difference=0.5, low=-2, high=3)]
+    top = 72  # where the first row begins
+
+    def draw_rows(self):
+        """`rows` drawn -> pixels (H, W, 3), the columns of the ticks at -6, -4 ... 6."""
         with mock.patch.object(sanity, "say"):
-            sanity.forest_plot(rows, "forest.png", 1)
+            sanity.forest_plot(self.rows, "forest.png", 1)
         pixels = read_pixels("forest.png")
-        top = 72
-        bottom = top + 3 * sanity.ROW
-        ticks = np.nonzero((pixels[bottom + 3] < 128).all(1))[0]  # of -6 -4 -2 0 2 4 6
+        below_axis = pixels[self.top + 3 * sanity.ROW + 3]  # there are only its ticks
+        ticks = np.nonzero((below_axis < 128).all(1))[0]
         self.assertEqual(len(ticks), 7)
+        return pixels, ticks
 
-        def across(value):
-            return ticks[3] + value * (ticks[6] - ticks[0]) / 12
+    def across(self, ticks, value):
+        """The column of a value."""
+        return ticks[3] + value * (ticks[6] - ticks[0]) / 12
 
-        for k, mark in enumerate((sanity.HIGHER, sanity.LOWER, sanity.UNDECIDED)):
-            with self.subTest(row=rows[k]["name"]):
-                y = top + sanity.ROW * k + sanity.ROW // 2
-                columns = np.nonzero((pixels[y] == rgb(mark.colour)).all(1))[0]
-                columns = columns[(columns > ticks[0] - 60) & (columns < ticks[-1] + 20)]
-                ends = [across(rows[k]["low"]), across(rows[k]["high"])]
+    def test_a_difference_is_a_line_and_a_marker_in_the_colour_of_its_verdict(self):
+        pixels, ticks = self.draw_rows()
+        signs = (sanity.HIGHER, sanity.LOWER, sanity.UNDECIDED)
+        for number, (row, sign) in enumerate(zip(self.rows, signs)):
+            with self.subTest(row["name"]):
+                y = self.top + sanity.ROW * number + sanity.ROW // 2
+                columns = np.nonzero((pixels[y] == rgb(sign.colour)).all(1))[0]
+                columns = columns[(columns > ticks[0] - 60) & (columns < ticks[6] + 20)]  # not the text
+                ends = [self.across(ticks, row["low"]), self.across(ticks, row["high"])]
                 np.testing.assert_allclose([columns.min(), columns.max()], ends, atol=1.5)
-                middle = round(across(rows[k]["difference"]))
-                inside = "#FFFFFF" if mark.hollow else mark.colour
+                middle = round(self.across(ticks, row["difference"]))
+                inside = "#FFFFFF" if sign.hollow else sign.colour
                 np.testing.assert_array_equal(pixels[y, middle], rgb(inside))
-        zero = (pixels[top + 2:bottom - 2, ticks[3]] == rgb(sanity.INK)).all(1)
-        self.assertGreater(zero.mean(), 0.8)
-        x = round(across(6))
-        y = top + sanity.ROW // 2
-        diamond = pixels[y - 8:y + 9, x - 8:x + 9]
-        places_of_ink = np.argwhere((diamond < 128).all(2))
-        np.testing.assert_allclose(places_of_ink.mean(0), 8, atol=0.6)
+
+    def test_zero_is_a_line_through_all_rows(self):
+        pixels, ticks = self.draw_rows()
+        column = pixels[self.top + 2:self.top + 3 * sanity.ROW - 2, ticks[3]]
+        self.assertGreater((column == rgb(sanity.INK)).all(1).mean(), 0.8)
+
+    def test_the_papers_value_is_a_diamond_at_its_place(self):
+        pixels, ticks = self.draw_rows()
+        x = round(self.across(ticks, 6))
+        y = self.top + sanity.ROW // 2
+        around = pixels[y - 8:y + 9, x - 8:x + 9]
+        ink = np.argwhere((around < 128).all(2))
+        np.testing.assert_allclose(ink.mean(0), 8, atol=0.6)
 
     def test_files_become_rows_with_the_papers_value_beside_them(self):
-        silu = write("silu.json", comparison(2, 1, 3))
-        elu = write("elu.json", comparison(-1, -2, 0.5))
-        paper = write("paper.json", {"silu": 9.3})
+        silu = write_json("silu.json", comparison(2, 1, 3))
+        elu = write_json("elu.json", comparison(-1, -2, 0.5))
+        paper = write_json("paper.json", {"silu": 9.3})
         with mock.patch.object(sanity, "forest_plot") as drawn:
             text = command("forest", silu, elu, "--paper", paper)
         rows, path, _, title = drawn.call_args.args
@@ -4815,7 +4793,7 @@ class TestForest(InAnEmptyFolder):
         both = comparison(2, 1, 3)
         both["comparisons"] += comparison(1, 0, 2, "robust (last iterate)")["comparisons"]
         both["comparisons"] += comparison(7, 6, 8, "clean")["comparisons"]
-        path = write("silu.json", both)
+        path = write_json("silu.json", both)
         refuses(self, SystemExit, "--only", command, "forest", path)
         refuses(self, SystemExit, "--only", command, "forest", path, "--only", "nothing like it")
         for only, difference in (("robust (last", 1), ("clean", 7)):
@@ -4827,31 +4805,16 @@ class TestForest(InAnEmptyFolder):
     def test_what_compare_did_not_write_is_named(self):
         Path("folder.json").mkdir()
         Path("broken.json").write_text("[")
-        write("report.json", evaluation())
-        write("list.json", [1])
+        write_json("report.json", evaluation())
+        write_json("list.json", [1])
         for name in ("folder.json", "broken.json", "report.json", "list.json", "mistyped.json"):
             with self.subTest(name=name):
                 refuses(self, SystemExit, name, command, "forest", name)
-        good = write("good.json", comparison(2, 1, 3))
+        good = write_json("good.json", comparison(2, 1, 3))
         refuses(self, SystemExit, "list.json", command, "forest", good, "--paper", "list.json")
 
-    def test_pictures_never_land_beside_the_results(self):
-        report = write("results/report.json", evaluation())
-        compared = write("results/silu.json", comparison(2, 1, 3))
-        write("results/run/log.jsonl", {"kind": "epoch", "epoch": 1, "loss": 2.0})
-        with open("results/run/log.jsonl", "a") as file:
-            file.write("\n")
-        before = sorted(Path("results").rglob("*"))
-        command("scatter", report)
-        command("forest", compared)
-        command("curves", "results/run")
-        self.assertEqual(sorted(Path("results").rglob("*")), before)
-        names = {path.name for path in Path("out").iterdir()}
-        self.assertEqual(names, {"scatter.png", "forest.png", "curves.png"})
-
-
 class Planes(nn.Module):
-    """Two classes; the loss is smooth, its gradient is the same everywhere but for its length."""
+    """Two classes; the loss depends on red minus blue alone, so its gradient has one direction."""
 
     def forward(self, x):
         z = 8 * (x[:, 0].mean((1, 2)) - x[:, 2].mean((1, 2)))
@@ -4866,8 +4829,7 @@ def tiny_run(**more):
     fields = dict(net=Planes().eval(), index=torch.arange(3), x=x, y=torch.tensor([0, 1, 0]), arch="a",
                   act="b", eps=8, step_size=2, steps=5, images=SimpleNamespace(classes=names),
                   out=Path("out"))
-    fields.update(more)
-    return SimpleNamespace(**fields)
+    return SimpleNamespace(**fields | more)
 
 
 class TestLandscapeAndGallery(InAnEmptyFolder):
