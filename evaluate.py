@@ -414,8 +414,8 @@ def report_lines(report):
     for name, n_fooled in report.get("fooled_by", {}).items():
         yield f"{name:<9} {-100 * n_fooled / n:6.2f}%  {n_fooled} fooled"  # points of accuracy it takes
     part = ""
-    if report["n_timed"] < n:  # the others' verdicts were in the ledger
-        part = f" for the last {report['n_timed']} images"
+    if report["n_timed"] < n:  # the other verdicts were in the ledger
+        part = f" for the {report['n_timed']} images measured now"
     yield (f"cost      {report['forwards']} forwards, {duration(report['seconds'])}{part} on "
            f"{report['processes']} x {report['device']}")
     for warning in report["warnings"]:
@@ -526,8 +526,8 @@ def main():
     # The report: what was measured with which numbers, what was counted, and where it comes from
     if rank == 0:
         path = folder / f"{name}.json"
-        if counts["n_timed"] == 0 and path.exists():  # nothing was measured now: what it took then
-            earlier = read_json(path)
+        earlier = read_json(path) if path.exists() else {"n": 0}
+        if counts["n_timed"] == 0 and earlier["n"] == counts["n"]:  # the same again: what it took then
             seconds = earlier.get("seconds", seconds)
             counts["n_timed"] = earlier.get("n_timed", counts["n"])
         report = {
@@ -547,14 +547,17 @@ def main():
             of_training = ("seed", "epochs", "batch_size", "lr", "eps", "step_size", "steps",
                            "smooth_backward")
             report["train"] = {key: run.train_args.get(key) for key in of_training}
-        write_json(path, report)
         for line in report_lines(report):
             say(line)
+        if earlier["n"] > counts["n"]:  # a look at fewer images does not replace it
+            say(f"{path} keeps its {earlier['n']} images")
+        else:
+            write_json(path, report)
         if args.json:
             try:
-                Path(args.json).write_text(path.read_text())
+                Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
             except OSError as error:
-                raise SystemExit(f"cannot write {args.json} ({error.strerror}); the report is in {path}")
+                raise SystemExit(f"cannot write {args.json} ({error.strerror}); give another file")
     if dist.is_initialized():
         dist.destroy_process_group()
 
