@@ -88,7 +88,7 @@ class SmoothReLU(nn.Module):
         return f"alpha={self.alpha.item():.4g}"
 
 
-# torch's softplus returns x itself above this beta * x; its default, 20, makes a jump of 2e-9
+# Where beta * x > threshold, torch's softplus returns x itself; the default, 20, makes a jump of 2e-9
 Softplus = partial(nn.Softplus, threshold=40)
 
 # A new curve is a class here and, if it has an alpha, its default below

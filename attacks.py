@@ -27,7 +27,7 @@ STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack is these, in t
 # First word of the counter given to uniform, so that no two attacks draw the same numbers
 START, APGD, SQUARE = 0, 1, 2
 LOSS_SCALE = 2.0**7  # the released code's, for float16; a power of two is exact in every other precision
-# Queries that halve the square's area (AA)
+# Queries after which the square's area is halved (AA)
 SQUARE_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
@@ -94,8 +94,8 @@ def check_labels(logits, y):
 def ball(x, eps):
     """The pixels an attack may use, within eps of x and in [0, 1] -> lower, upper, as x.
 
-    The radius is 2^-23 smaller than eps, and rounding moves x ± radius by less: they never leave the
-    exact ball, without float64.
+    The radius is 2^-23 smaller than eps, and rounding moves x ± radius by less: the bounds never
+    leave the exact ball, without float64.
     """
     radius = max(eps - 2.0**-23, 0.0)
     lower = (x - radius).clamp_(0, 1)
@@ -148,8 +148,8 @@ def pgd(model, x, y, eps, step_size, steps, noise=None, loss=cross_entropy, chec
     """Projected gradient ascent, PGD (SAT Sec. 3.1) -> x_adv, the last iterate, as x.
 
     It climbs `loss(logits, y)`, (N,). eps, step_size: fractions of [0, 1]. noise: the start's offset,
-    as x; None for a fresh uniform one. ValueError as `check_arguments`; check=False spares the device's
-    wait for these checks.
+    as x; None for a fresh uniform one. ValueError as `check_arguments`; check=False spares the wait for
+    the device that these checks cost.
     """
     if check:
         check_arguments(model, x, y)
@@ -425,8 +425,8 @@ def to_hyperplane(x, w, gap, iterations=6):
     """The smallest L-inf step inside the box that raises <w, x> by gap, (N,) -> as x (FAB).
 
     Every pixel moves by `reach` or until it meets the box, so <w, step> is concave in the reach: Newton
-    finds it from below without sorting pixels, in float32 exactly after six iterations. If the plane
-    misses the box, it steps to a corner.
+    climbs from 0 to the reach that gives gap, without sorting pixels; in our trials six iterations were
+    exact in float32. If the plane misses the box, the step leads to a corner.
     """
     gap = gap.nan_to_num(0, 0, 0)  # logits that are not finite define no plane
     direction = w.sign() * per_image(gap.sign())
@@ -493,7 +493,8 @@ def fab(model, x, y, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, 
 def square(model, x, y, eps, index, seed=0, queries=5000, p=0.8, verify=None, progress=None):
     """Square Attack (SQ Alg. 1 and 2), without any gradient -> x_adv, fooled, forwards, as `apgd`.
 
-    Every pixel is always at an end of its range, so a square of ± 2 eps, clamped, is a square of ends.
+    Every pixel is always at an end of its range: SQ adds ± 2 eps to a square and clamps, which sends
+    each channel of the square to one of its ends.
     """
     search = Search("square", x, y, eps, verify, progress)
     rest = search.rest
@@ -540,7 +541,7 @@ def square(model, x, y, eps, index, seed=0, queries=5000, p=0.8, verify=None, pr
 # AutoAttack
 
 def blind_spots(logits, again, grad):
-    """What blinds attacks, from logits (N, K), of a second call, and the input gradient -> [warning]."""
+    """Warnings of what blinds attacks -> [str]. again: a second call's logits; grad: as the images."""
     warnings = []
     finite = logits.isfinite().all(1)
     n_broken = int((~finite).sum())
@@ -569,7 +570,7 @@ def blind_spots(logits, again, grad):
 
 
 def masked_gradients(n, fooled):
-    """Warnings from counts on n images, fooled {attack: n that it was first to fool} -> [warning].
+    """Warnings for n images -> [str]; fooled: {attack: how many it was the first to fool}.
 
     A search without gradients that beats those with them has found a masked gradient.
     """

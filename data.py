@@ -330,7 +330,7 @@ def draw_shapes(n, res, train):
     column = torch.arange(res)
     channel = torch.arange(3)[:, None, None, None]
     for index in torch.arange(n).split(max(1, 2**20 // res**2)):  # bounded memory at any resolution
-        # The one that is unused stays: without it the pictures would change
+        # `_` is drawn and not used: without it the numbers after it, and the pictures, would change
         draws = uniform(SHAPES_SEED, index, (split, 0), (14,)).T[..., None, None]  # -> (14, N, 1, 1)
         (left, top, scale, angle, _, slope_u, slope_v, phase_row, phase_column, tone,
          red, green, blue, contrast) = draws
@@ -712,7 +712,7 @@ def shrink(source, target, short, workers):
     if n_before > 0:
         say(f"{n_before} of {len(paths)} pictures are there already")
     numbers = torch.arange(len(remaining))
-    requests = [part.tolist() for part in numbers.split(8) if len(part) > 0]  # few: Ctrl-C waits for one
+    requests = [part.tolist() for part in numbers.split(8) if len(part) > 0]  # Ctrl-C waits for 8
     began = time.monotonic()
     last_line = began
     n_done = 0

@@ -8,11 +8,11 @@ $ python evaluate.py --attack autoattack
 SAT's protocol (arXiv:2006.14536), here on 8 GPUs and for weights from elsewhere:
 $ torchrun --nproc_per_node=8 evaluate.py --last-iterate --weights FILE --arch resnet50 --act silu
 
-An image counts as robust only if no iterate of any restart fools the model, or, in SAT's protocol, if
-the last iterate does not. Its verdict is a function
-of the weights, the attack and the image; rounding aside, no batch size, order or number of processes
-changes it. Verdicts are kept in a ledger under OUT/eval, one JSON line per image: a stopped evaluation
-goes on with the same command, and a finished one only reads the images to see that they are the same.
+An image counts as robust if no iterate of any restart fools the model; in SAT's protocol, if the last
+iterate does not fool it. Its verdict is a function of the weights, the attack and the image; rounding
+aside, no batch size, order or number of processes changes it. Verdicts are kept in a ledger under
+OUT/eval, one JSON line per image: a stopped evaluation goes on with the same command, and a finished
+one only reads the images to see that they are the same.
 
 Keys: SAT is the paper; its sections are numbered as there.
 """
@@ -460,7 +460,7 @@ def main():
         last = "-last" if args.last_iterate else ""
         numbers = f"-step{step_size:g}-{steps}x{restarts}{last}"
     identity = data.key(digest, code, fingerprint, run.arch, run.act, run.act_alpha, run.bn_eps, run.res,
-                        run.small_input, args.smooth_backward, args.dtype, device.type)
+                        run.small_input, eps, step_size, args.smooth_backward, args.dtype, device.type)
     name = f"{args.attack}-eps{eps:g}{numbers}-seed{args.seed}-{identity % 16**8:08x}"
     folder = run.out / "eval"
     ledger = Ledger(folder, name, rank, args.fresh)
@@ -516,7 +516,7 @@ def main():
         every_rank = [None] * world
         dist.all_gather_object(every_rank, ledger.warnings)
         warnings = sum(every_rank, [])
-    if counts["n_nan"] > 0:  # first, so that this total counts and not the sentence of one batch
+    if counts["n_nan"] > 0:  # first, so that this total is kept and not the sentence of one batch
         not_finite = (f"not finite: {counts['n_nan']} of {counts['n']} clean images have NaN logits; "
                       "NaN counts as wrong")
         warnings = [not_finite, *warnings]
@@ -527,7 +527,7 @@ def main():
     if rank == 0:
         path = folder / f"{name}.json"
         earlier = read_json(path) if path.exists() else {"n": 0}
-        if counts["n_timed"] == 0 and earlier["n"] == counts["n"]:  # the same again: what it took then
+        if counts["n_timed"] == 0 and earlier["n"] == counts["n"]:  # nothing is new: the time then
             seconds = earlier.get("seconds", seconds)
             counts["n_timed"] = earlier.get("n_timed", counts["n"])
         report = {

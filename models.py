@@ -77,7 +77,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs, width, stride, groups, group_width, act, norm):
         super().__init__()
-        inner = groups * width * group_width // 64  # group_width is that of the stage with width 64
+        inner = groups * width * group_width // 64  # group_width: in the stage of width 64
         outputs = self.expansion * width
         self.conv1 = conv(inputs, inner, 1)
         self.bn1 = norm(inner)
@@ -319,7 +319,7 @@ def attacker_view(train_net, smooth_backward=False):
 
     An attack through it computes no weight gradient, even when compiled, and leaves BatchNorm's
     statistics, train mode and DDP alone. smooth_backward holds for this view alone: row "attacker" of
-    SAT Table 1. Make it once the network is on its device; after that move neither of the two.
+    SAT Table 1. Make it once the network is on its device; then move neither network nor view.
     """
     # deepcopy copies only what its memo does not hold yet: new modules over shared tensors
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in train_net.parameters()}

@@ -16,7 +16,8 @@ $ python sanity.py curves out/relu out/silu  # runs over their epochs
 $ python sanity.py scatter out/*/eval/*.json  # clean and robust accuracy of many nets, Figs. 3 and 4
 $ python sanity.py forest silu.json elu.json  # what several `compare --json` have found
 
-`report` exits with 1 if a doubt FAILs, else with 2 if one is UNSURE (use more images), else with 0.
+`report` exits with 1 if a doubt FAILs (or if it cannot run), else with 2 if one is UNSURE (use more
+images), else with 0.
 
 Keys: SAT is the paper, its sections and figures numbered as there. CA is Carlini et al. 2019
 (arXiv:1902.06705), whose advice SAT Sec. 6 follows.
@@ -261,7 +262,8 @@ def doubts_about_the_model(run):
 def doubts_about_iterations(run, found):
     """Does PGD do more when it goes on (SAT Sec. 6), and what does it find? found: by all its steps.
 
-    A share is of the images that could show it: all, the right ones, or those that `skip` speaks of.
+    Each share is of the images that can show the doubt: all, or those whose absence `skip` reports.
+    PGD-50 means the first 50 of the 200 steps.
     """
     right = found.right
 
@@ -339,7 +341,8 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
 
         _, report = autoattack(
             net, x_part, y_part, eps=run.eps / 255, index=index_part, attacks=("apgd-ce", "square"),
-            queries=1000, progress=progress)  # of its 5,000: enough to tell masked gradients
+            queries=1000,  # of 5,000: enough to tell masked gradients
+            progress=progress)
         fooled_by += report["fooled_by"]
     by_apgd = torch.tensor([name == "apgd-ce" for name in fooled_by], dtype=torch.bool, device=y.device)
     by_square = torch.tensor([name == "square" for name in fooled_by], dtype=torch.bool, device=y.device)
@@ -443,8 +446,8 @@ MOST_SEEDS = 1000  # where the search for enough seeds ends
 def student_t(n_free):
     """97.5% of Student's t with n_free degrees of freedom lie below this.
 
-    With t = sqrt(n_free) tan(angle), the angle has the density cos(angle)^(n_free - 1). It is summed
-    from 0 on, so that 95% of it is 97.5% of both sides.
+    With t = sqrt(n_free) tan(angle), the angle has the density cos(angle)^(n_free - 1). Only angles >= 0
+    are summed: 95% of that half is 97.5% of the whole.
     """
     angle = np.linspace(0, np.pi / 2, 20001)
     density = np.cos(angle) ** (n_free - 1)
@@ -479,7 +482,8 @@ class Spread(NamedTuple):
 def spread_of(difference):
     """Differences of verdicts, -1, 0 or 1, of S >= 2 seeds on N images, (S, N) -> Spread.
 
-    That of seed s on image i is delta + seed_s + image_i + rest_si, so the mean over all varies by
+    The difference of seed s on image i is delta + seed_s + image_i + rest_si. So the mean over all
+    varies by
         (var seed + var rest / N) / S + var image / N.
     The bracket is what the seeds' means show. The images' means show var image + var rest / S, and the
     mean squares of the two-way table give var rest (Searle, Casella & McCulloch 1992).
@@ -527,7 +531,7 @@ def n_seeds_to_decide(difference, spread):
 def compare_verdicts(new, old):
     """Verdicts of both sides, (S, N) bool, seed beside seed -> a row of the table.
 
-    Accuracies and their difference are in percent; only_new and only_old are images of a seed.
+    Accuracies and their difference are in percent; only_new and only_old: numbers of images per seed.
     """
     n_seeds, n_images = new.shape
     spread = None
@@ -890,11 +894,14 @@ def cost(args):
     need(min(args.pgd) >= 0, f"--pgd {min(args.pgd)} is no number of steps; use 0 for none, or more")
     n = args.batch_size or (32 if device.type == "cpu" else 128)
     how_to_run = [False, True] if flags.compile else [False]  # compiled or not
+    if flags.compile:  # all variants share their code, and above its limit torch would run them eagerly
+        torch._dynamo.config.recompile_limit = 8 * len(args.acts) * len(args.pgd)
     trainers = {}
     for compiled in how_to_run:
         for act in args.acts:
             for steps in args.pgd:
-                own_flags = argparse.Namespace(**{**vars(flags), "act": act, "steps": steps})
+                changed = dict(act=act, steps=steps, early_stop=False)  # which steps 0 cannot have
+                own_flags = argparse.Namespace(**{**vars(flags), **changed})
                 trainer = make_trainer(own_flags, CLASSES, compiled, device)
                 trainers[Variant(act, steps, compiled)] = trainer
 
@@ -938,8 +945,8 @@ def cost(args):
 def passes_of(steps):
     """The cost of a training step in forward passes.
 
-    A backward pass to the image costs one more, to the image and the weights two: 2 for each step of the
-    attack and 3 for the update.
+    A forward pass costs 1, a backward pass to the image alone 1, one with the weights 2: so a step of
+    the attack costs 2 and the update 3.
     """
     return 2 * steps + 3
 
@@ -1246,7 +1253,7 @@ def span(values, least=-math.inf, most=math.inf):
 
 
 def ticks(low, high, most):
-    """Round numbers from low to high, about `most` at most: multiples of 1, 2 or 5 times 10^k."""
+    """Round numbers from low to high, about `most` of them: multiples of 1, 2 or 5 times 10^k."""
     smallest = (high - low) / most  # the smallest step that gives no more
     power = 10.0 ** math.floor(math.log10(smallest))
     step = min(factor * power for factor in (1, 2, 5, 10) if factor * power >= smallest)
@@ -1256,7 +1263,10 @@ def ticks(low, high, most):
 
 
 def axis(fig, start, end, low, high, label, away):
-    """A line from start to end with numbers, low to high; `away`: their direction, a unit vector."""
+    """A line from start to end with numbers from low to high.
+
+    away: the direction from the line to its numbers, a unit vector.
+    """
     across, down = away
     upright = down == 0
     side = "m"
@@ -1383,7 +1393,7 @@ def derivatives(act, x):
 def smoothness(act):
     """How smooth a curve is -> C0, C1 or C2+, the jump of its slope at 0, its largest curvature.
 
-    A jump below 1e-3 is rounding, or a curvature that EDGE is too wide for.
+    A jump below 1e-3 is rounding, or a continuous slope that rises between -EDGE and EDGE.
     """
     _, slope, curvature = derivatives(act, torch.tensor([-EDGE, EDGE], dtype=torch.float64))
     jump = slope.diff().abs().item()
@@ -1523,7 +1533,7 @@ class Measured(NamedTuple):
 
 
 def network_name(report):
-    """What seeds have in common: they share a colour and a marker."""
+    """A network's name without its seed: runs that differ only in it share a colour and a marker."""
     name = f"{report['arch']} {report['act']}"
     if report.get("act_alpha") is not None:
         name += f" alpha {report['act_alpha']:g}"

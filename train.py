@@ -508,7 +508,7 @@ def average_batchnorm_statistics(net, world):
 
 @torch.no_grad()
 def update_ema(ema, net, n_updates):
-    """ema, a copy of net, moves towards it, buffers too; decay min(0.9999, (1 + t) / (10 + t))."""
+    """ema, a copy of net, moves towards it, buffers too; decay min(0.9999, (1 + n) / (10 + n))."""
     decay = min(0.9999, (1 + n_updates) / (10 + n_updates))
     for mean, value in zip(ema.state_dict().values(), net.state_dict().values()):
         if mean.is_floating_point():
@@ -679,7 +679,7 @@ def main():
         need(len(set(places)) == 1, f"the processes see different checkpoints in {out}, (epoch, step) "
              f"{places}; --out needs to be one folder for all nodes")
 
-    # Both read main's variables as they are at the time of the call, and change none
+    # The next two functions read main's variables as they are at the time of the call, and change none
     def refuse_not_finite(total):
         """SystemExit if a loss of this epoch, or a weight, is not finite."""
         weights_finite = torch.stack([t.isfinite().all() for t in net.state_dict().values()]).all()
