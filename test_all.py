@@ -18,6 +18,7 @@ import random
 import re
 import resource
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -4942,7 +4943,7 @@ def table_rows(text, header):
 
 def commands_of(shell_text):
     """The commands with python or torchrun that a shell would run, its loops and functions expanded."""
-    stubs = 'python() { echo "$@"; }; torchrun() { echo "$@"; }; '
+    stubs = 'python() { printf "%q " "$@"; echo; }; torchrun() { printf "%q " "$@"; echo; }; '
     plain = shell_text.replace(".venv/bin/python", "python")
     done = subprocess.run(["bash", "-c", stubs + plain], capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
@@ -4997,7 +4998,8 @@ class TestReadme(TemporaryFolder):
         scripts = {"train.py": train, "evaluate.py": evaluate, "sanity.py": sanity}
         n_understood = 0
         for line in commands_of(self.shell()):
-            words = [word for word in line.split() if word not in ("--standalone", "--nproc_per_node=8")]
+            words = [word for word in shlex.split(line)
+                     if word not in ("--standalone", "--nproc_per_node=8")]
             script, *flags = words
             if script in scripts:
                 with self.subTest(line):
@@ -5015,7 +5017,7 @@ class TestReadme(TemporaryFolder):
             if "train.py --out" in line:
                 _, _, name_and_flags = line.partition(" --out ")
                 _, _, flags = name_and_flags.partition(" ")
-                trained.append(re.sub(r" --accum \d+", "", flags))
+                trained.append(re.sub(r" --accum \d+", "", flags).strip())
         acts = ("relu", "psoftplus", "silu", "gelu", "elu", "smoothrelu", "softplus")
         rows = [f"--act {act}" for act in acts]  # Fig. 3
         for who in ("attacker", "optimizer", "both"):  # Table 1
