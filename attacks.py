@@ -26,7 +26,7 @@ from torch import nn
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack is these, in this order
 # First word of the counter given to uniform, so that no two attacks draw the same numbers
 START, APGD, SQUARE = 0, 1, 2
-LOSS_SCALE = 2.0**7  # the released code's, for float16; a power of two is exact in every other precision
+LOSS_SCALE = 2.0**7  # SAT's code has it, for float16; a power of two is exact in every other precision
 # Queries after which the square's area is halved (AA)
 SQUARE_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
@@ -163,7 +163,7 @@ def pgd(model, x, y, eps, step_size, steps, noise=None, loss=cross_entropy, chec
     lower, upper = ball(x, eps)
     if noise is None:
         noise = torch.empty_like(x).uniform_(-eps, eps)
-    x_adv = torch.clamp(x + noise, lower, upper)  # Differs from SAT: its start may leave [0, 1]
+    x_adv = torch.clamp(x + noise, lower, upper)  # Differs from SAT, whose start may leave [0, 1]
     for _ in range(steps):
         _, grad = input_gradient(model, x_adv, objective)
         direction = torch.where(grad.isnan(), grad, grad.sign())  # sign() would hide NaN: it gives 0
@@ -375,7 +375,7 @@ def apgd(model, x, y, eps, index, seed=0, target=None, loss=cross_entropy, resta
     rest.loss_best = worst
     rest.loss_checked = worst  # loss_best at the last checkpoint
     rest.n_up = torch.zeros_like(y)  # steps since then that went up
-    rest.halved = torch.ones_like(y, dtype=torch.bool)  # whether the last checkpoint halved the step
+    rest.halved = torch.ones_like(y, dtype=torch.bool)  # at the last checkpoint; True: none yet
     rest.step_size = torch.full_like(worst, 2 * eps)
     checks = checkpoints(steps)
     last_check = 0
@@ -447,7 +447,8 @@ def fab(model, x, y, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, 
         progress=None):
     """Targeted Fast Adaptive Boundary attack (FAB Alg. 1) -> x_adv, fooled, forwards, as `apgd`.
 
-    It looks for the nearest point of class `target`, (N,) int64, from x on; within eps of x it is done.
+    From x it looks for the nearest point across the boundary to class `target`, (N,) int64. An image is
+    fooled once a point of any wrong class is within eps.
     """
     search = Search("fab", x, y, eps, verify, progress)
     rest = search.rest

@@ -17,7 +17,7 @@ $ python sanity.py scatter out/*/eval/*.json  # clean and robust accuracy of man
 $ python sanity.py forest silu.json elu.json  # what several `compare --json` have found
 
 `report` exits with 1 if a doubt FAILs (or if it cannot run), else with 2 if one is UNSURE (use more
-images), else with 0.
+images) or a flag is unknown, else with 0.
 
 Keys: SAT is the paper, its sections and figures numbered as there. CA is Carlini et al. 2019
 (arXiv:1902.06705), whose advice SAT Sec. 6 follows.
@@ -139,7 +139,8 @@ LEAST = 20  # fewer images settle nothing, and Wilson's interval is rough there
 def judge(n_bad, n, warn, fail):
     """The verdict on a share of bad images: PASS up to `warn`, WARN above it, FAIL above `fail`.
 
-    SKIP without any image, UNSURE where n_bad of n leave open which of these it is.
+    SKIP without any image, UNSURE where n_bad of n leave open whether it is above `warn`. A WARN may
+    still turn out to be a FAIL with more images.
     """
     if n == 0:
         return "SKIP"
@@ -260,9 +261,9 @@ def doubts_about_the_model(run):
 
 
 def doubts_about_iterations(run, found):
-    """Does PGD do more when it goes on (SAT Sec. 6), and what does it find? found: by all its steps.
+    """Does PGD do more when it goes on (SAT Sec. 6), and what does it find? found: by PGD-200.
 
-    Each share is of the images that can show the doubt: all, or those whose absence `skip` reports.
+    Each share is of all images or, where `skip` is given, of those that it calls missing.
     PGD-50 means the first 50 of the 200 steps.
     """
     right = found.right
@@ -476,7 +477,7 @@ class Spread(NamedTuple):
 
     n_seeds: int
     seed_variance: float  # between the means of single seeds
-    images_variance: float  # of the mean over images, which all seeds share
+    images_variance: float  # of the images' part of the mean: more seeds do not shrink it
 
 
 def spread_of(difference):
@@ -485,8 +486,8 @@ def spread_of(difference):
     The difference of seed s on image i is delta + seed_s + image_i + rest_si. So the mean over all
     varies by
         (var seed + var rest / N) / S + var image / N.
-    The bracket is what the seeds' means show. The images' means show var image + var rest / S, and the
-    mean squares of the two-way table give var rest (Searle, Casella & McCulloch 1992).
+    The variance of the seeds' means is the bracket, that of the images' means var image + var rest / S;
+    the residual of the two-way table gives var rest (Searle, Casella & McCulloch 1992).
     """
     n_seeds, n_images = difference.shape
     mean = difference.mean()
@@ -494,8 +495,8 @@ def spread_of(difference):
     image_means = difference.mean(axis=0)  # (N,)
     rest = difference - seed_means[:, None] - image_means + mean
     rest_variance = np.square(rest).sum() / ((n_seeds - 1) * (n_images - 1))
-    image_variance = max(0.0, image_means.var(ddof=1) - rest_variance / n_seeds)
-    return Spread(n_seeds, seed_means.var(ddof=1), image_variance / n_images)
+    one_image_variance = max(0.0, image_means.var(ddof=1) - rest_variance / n_seeds)
+    return Spread(n_seeds, seed_means.var(ddof=1), one_image_variance / n_images)
 
 
 def half_width(spread, n_seeds):
@@ -607,6 +608,7 @@ def by_seed(runs, side):
     seeds = {}
     for run in runs:
         seed = run.args.get("seed")
+        need(seed is not None, f"{run.folder / 'args.json'} names no seed; give runs of train.py")
         need(seed not in seeds, f"{side} has seed {seed} twice; give one run of each seed")
         seeds[seed] = run
     return seeds
@@ -726,7 +728,7 @@ def compare_training(pairs):
 
 def flags_that_differ(pairs):
     """The flags of training that are not the same in all runs -> ["act: silu | relu"]."""
-    # Neither what may differ within a method, nor what depends on the machine
+    # train.FREE: flags that change no result; the rest may differ within a method, or from the machine
     ignored = {*train.FREE, "seed", "commit", "processes", "python", "torch", "torchvision", "compile"}
     names = {name for pair in pairs for run in pair for name in run.args} - ignored
     differ = []
@@ -802,7 +804,7 @@ def clock(device):
     return time.perf_counter()
 
 
-CLASSES = 1000  # ImageNet's, whatever --data: a classifier costs next to nothing
+CLASSES = 1000  # ImageNet's, whatever --data: the last layer costs next to nothing
 
 
 def make_trainer(flags, n_classes, compiled, device):
@@ -815,6 +817,7 @@ def make_trainer(flags, n_classes, compiled, device):
     net = train.network(flags, n_classes)
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     net.to(device, memory_format=layout)
+    # The view stays in eval mode
     view = attacker_view(net, smooth_backward=flags.smooth_backward in ("attacker", "both"))
     attack_model = view
     train_model = net.train()
@@ -894,13 +897,13 @@ def cost(args):
     need(min(args.pgd) >= 0, f"--pgd {min(args.pgd)} is no number of steps; use 0 for none, or more")
     n = args.batch_size or (32 if device.type == "cpu" else 128)
     how_to_run = [False, True] if flags.compile else [False]  # compiled or not
-    if flags.compile:  # all variants share their code, and above its limit torch would run them eagerly
+    if flags.compile:  # all variants run the same code: past this limit torch would run them eagerly
         torch._dynamo.config.recompile_limit = 8 * len(args.acts) * len(args.pgd)
     trainers = {}
     for compiled in how_to_run:
         for act in args.acts:
             for steps in args.pgd:
-                changed = dict(act=act, steps=steps, early_stop=False)  # which steps 0 cannot have
+                changed = dict(act=act, steps=steps, early_stop=False)  # it needs steps > 0
                 own_flags = argparse.Namespace(**{**vars(flags), **changed})
                 trainer = make_trainer(own_flags, CLASSES, compiled, device)
                 trainers[Variant(act, steps, compiled)] = trainer

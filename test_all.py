@@ -1178,7 +1178,7 @@ class TestInputGradient(AttackCase):
         unscaled, = torch.autograd.grad(climbed(half_model(x).float()).sum(), x)
         self.assertEqual(unscaled.abs().max(), 0)
         _, grad = input_gradient(half_model, x, climbed)
-        exact = signs / (1 + math.exp(18))  # half the true one: logit 0's half rounds to 0 in float32
+        exact = signs / (1 + math.exp(18))  # of logit 1 alone: logit 0's share, p - 1, rounds to 0
         self.assert_close(grad.flatten() / exact, 1, delta=0.05)
         x_adv = pgd(half_model, x, y, 0.1, 0.1, 1, noise=torch.zeros_like(x))
         self.assert_same((x_adv - x).sign().flatten(), signs)
@@ -1197,6 +1197,8 @@ class TestInputGradient(AttackCase):
 
 
 class TestPGDSearch(AttackCase):
+    """verify: the float32 model, which confirms what a search in lower precision has found."""
+
     def setUp(self):
         self.net, self.index, self.x, self.y = half_robust()
         self.correct = classify(self.net, self.x) == self.y
@@ -1228,7 +1230,7 @@ class TestPGDSearch(AttackCase):
                         self.assertEqual([report["restart"][k], report["step"][k]], first_fooling)
                         self.assertEqual(report["robust"][k], self.correct[i] and not fooling)
 
-    def test_its_starts_are_those_of_every_published_evaluation(self):
+    def test_its_starts_never_change(self):
         x = torch.full((2, 1, 2, 2), 0.5)
         model = Recorder(constant_model)
         pgd_search(model, x, torch.zeros(2).long(), eps=0.25, step_size=0.1, steps=0,
@@ -1387,7 +1389,7 @@ def run_autoattack(model, x, y, eps=EPS, **more):
 
 
 class TestAutoAttack(AttackCase):
-    def test_each_attack_fools_a_linear_model_wherever_it_can_be_fooled_or_misses_one_image(self):
+    def test_each_attack_fools_all_images_of_a_linear_model_that_can_be_fooled_but_at_most_one(self):
         # Cross-entropy raises all wrong classes at once: with two or more it may miss the nearest one
         for attack, classes in (("apgd-ce", 2), ("apgd-t", 10), ("fab-t", 10), ("square", 10)):
             net = linear(classes, scale=1e-3)
@@ -1410,7 +1412,7 @@ class TestAutoAttack(AttackCase):
             fooled, _, report = run_autoattack(negated(net), x, y, verify=net, attacks=(attack,),
                                                steps=9, queries=9)
             with self.subTest(attack):  # the search claims every image at once
-                self.assertTrue((report["forwards"] > 3).all())  # more than the 3 on x: it was attacked
+                self.assertTrue((report["forwards"] > 3).all())  # 3 are on x
                 self.assertFalse((fooled & ~possible).any())
 
     def test_each_attack_fools_a_two_layer_net_wherever_brute_force_does(self):
@@ -1456,8 +1458,8 @@ class TestAutoAttack(AttackCase):
             other_logit = (w * (x - 0.5)).sum()
             return torch.stack([label_logit, other_logit])[None]
 
-        # FAB's constants: eta = 1.05 oversteps, alpha, at most 0.1, is the share of the step from x, and
-        # past the boundary beta, 0.9 by default, pulls back towards x
+        # FAB's constants. eta = 1.05: both steps go past the boundary. alpha, at most 0.1: the weight of
+        # the step that starts at x. beta, 0.9 by default: past the boundary, it pulls back towards x
         for more, beta in (({}, 0.9), ({"beta": 0.5}, 0.5)):
             place = 0.0
             places = []
@@ -1500,7 +1502,7 @@ class TestAutoAttack(AttackCase):
             with self.subTest(gap=gap[i].item()):
                 self.assert_close(steps[i], direction * room.clamp(max=high), delta=1e-5)
 
-    def test_the_starts_are_those_of_every_published_evaluation(self):
+    def test_the_starts_never_change(self):
         x = torch.full((1, 1, 2, 2), 0.5)
         y = torch.tensor([0])
         index = torch.tensor([49999])
@@ -1517,7 +1519,7 @@ class TestAutoAttack(AttackCase):
                     difference = torch.tensor(in_units(x_adv)) - torch.tensor(start)
                     self.assertLessEqual(difference.abs().max(), 2)  # the ball is 2^-23 smaller
 
-    def test_squares_stripes_and_squares_are_those_of_every_published_evaluation(self):
+    def test_the_stripes_and_squares_of_the_square_attack_never_change(self):
         x = torch.full((1, 1, 6, 6), 0.5)
         model = Recorder(constant_model)
         square(model, x, torch.tensor([0]), eps=0.25, index=torch.tensor([49999]), seed=5, queries=2)
@@ -1642,7 +1644,7 @@ class TestAutoAttack(AttackCase):
         _, _, report = run_autoattack(bfloat16, x, y, steps=1, queries=1, verify=net)
         self.assertEqual(report["warnings"], [])
 
-    def test_square_is_doubted_only_against_gradients_and_above_a_fifth_of_a_percent(self):
+    def test_square_warns_of_masked_gradients_only_after_gradient_attacks_and_above_0_2_percent(self):
         for name, fooled, n_warnings in (("more", {"apgd-ce": 9, "square": 3}, 1),
                                          ("as many", {"apgd-ce": 9, "square": 2}, 0),
                                          ("square alone", {"square": 9}, 0),
@@ -1997,7 +1999,7 @@ class TestFolders(TemporaryFolder):
             with self.subTest(name=name, **more):
                 refuses(self, SystemExit, words, data.load, name, self.root, **more)
 
-    def test_evaluation_crops_the_papers_pixels_and_below_224_an_eighth_of_the_side(self):
+    def test_evaluation_crops_off_32_pixels_as_the_paper_does_and_below_224_an_eighth_of_the_side(self):
         for res, shorter_side in ((224, 256), (299, 331), (380, 412), (64, 73), (32, 36)):
             with self.subTest(res=res):
                 picture = gradient_picture(shorter_side, shorter_side)  # so that nothing is resized
@@ -2308,7 +2310,7 @@ class TestWorkers(TemporaryFolder):
 
 
 class TestFingerprint(TemporaryFolder):
-    """What a run, and an evaluation's file of verdicts, the ledger, remember of their images."""
+    """How a run, and a ledger (an evaluation's file of verdicts), know their images again."""
 
     def setUp(self):
         super().setUp()
@@ -2818,7 +2820,7 @@ class TestRun(TrainCase):
 
             with mock.patch("train.attack", look), before_step(0, 3, terminate):
                 self.train("--act", act, *flags, out=self.root / act)
-            state = load_file(self.root / act / "last.prev.pt")  # of the start: last.pt is of the stop
+            state = load_file(self.root / act / "last.prev.pt")  # saved before the first step
             first_weights[act] = state["model"]["conv1.weight"]
         self.assertEqual(len(images["silu"]), 4)
         self.assertTrue(torch.equal(torch.stack(images["silu"]), torch.stack(images["gelu"])))
@@ -3240,7 +3242,7 @@ EVALUATE_TWO = "--limit 41 --steps 4 --batch-size 16".split()
 
 
 def two_ranks(folder):
-    """What each rank does: train, train a fork, evaluate, evaluate too few images."""
+    """What each rank does: train, train without BatchNorm, evaluate, evaluate too few images."""
     average = train.average_batchnorm_statistics
     attack = train.attack
 
@@ -3424,7 +3426,7 @@ class TestEvaluateReport(EvaluateCase):
                 self.assertTrue(0 < report["n_robust"] < report["n_correct"] < 40)
 
     def test_a_last_iterate_report_counts_what_a_plain_loop_counts(self):
-        robust_at = ~self.fooled_by_pgd(self.net)[0]  # (steps + 1, N), of what is wrong on x too
+        robust_at = ~self.fooled_by_pgd(self.net)[0]  # (steps + 1, N); those wrong on x count too
         robust_after = robust_at.sum(1).tolist()
         report, _ = self.measure("--limit 40 --eps 3 --step-size 1 --steps 3 --seed 5 --last-iterate")
         self.assertEqual(report["robust_after"], robust_after)
@@ -3513,7 +3515,7 @@ class TestEvaluateReport(EvaluateCase):
                     quietly(evaluate.main, "--out", self.out, "--limit", 2, "--attack", name)
                 self.assertEqual(search.call_args.kwargs["attacks"], attacks)
 
-    def test_the_attackers_smooth_backward_pass_is_the_searchs(self):
+    def test_smooth_backward_attacker_smooths_the_gradient_of_the_search(self):
         seen = {}
 
         def loss(logits):
@@ -3583,7 +3585,7 @@ class TestTally(unittest.TestCase):
         counts = evaluate.tally(lines, steps=2)
         self.assertEqual(counts, dict(n=6, n_correct=4, n_robust=1, robust_after=[3, 3, 2], forwards=22))
 
-    def test_the_last_iterates_verdicts_count_what_is_wrong_on_x_too(self):
+    def test_the_last_iterates_verdicts_include_images_that_are_wrong_on_x(self):
         lines = [
             dict(clean=1, label=1, robust_at="110", forwards=4),
             dict(clean=0, label=1, robust_at="001", forwards=4),
@@ -3683,7 +3685,7 @@ class TestLedger(EvaluateCase):
     def test_fresh_starts_over(self):
         expected, _ = self.measure("--limit 9 --steps 2")
         ledger = self.out / "eval" / f"{expected['ledger']}.0.jsonl"
-        wrong = ledger.read_text().replace('"forwards": ', '"forwards": 1')
+        wrong = ledger.read_text().replace('"forwards": ', '"forwards": 1')  # 3 becomes 13
         ledger.write_text(wrong)
         from_ledger, _ = self.measure("--limit 9 --steps 2")
         fresh, _ = self.measure("--limit 9 --steps 2 --fresh")
@@ -4053,7 +4055,7 @@ class TestReport(TemporaryFolder):
         run.y[::10] = 1 - run.y[::10]
         is_right = next(sanity.doubts_about_the_model(run))  # the first doubt: "right on clean images"
         self.assertEqual(is_right["verdict"], "PASS")
-        run.y = run.index // 2 % 2  # half of them: it guesses
+        run.y = run.index // 2 % 2  # right on half of them: it guesses
         self.assertEqual(next(sanity.doubts_about_the_model(run))["verdict"], "FAIL")
 
     def test_a_net_without_a_margin_has_no_robustness(self):
@@ -4180,8 +4182,8 @@ def run_folder(root, name, clean, robust_at, seed=0, eps=8, images="pictures", c
                index=None):
     """A run's folder as `compare` reads it: args.json, a log, the report and the ledger of one PGD.
 
-    clean (N,) and robust_at (N, steps + 1), bool, are the verdicts. last: of --last-iterate. index: the
-    images' numbers, by default 0 to N - 1.
+    clean (N,) and robust_at (N, steps + 1), bool, are the verdicts. last: whether --last-iterate made
+    it. index: the images' numbers, by default 0 to N - 1.
     """
     folder = root / name
     (folder / "eval").mkdir(parents=True)
@@ -4387,7 +4389,7 @@ class TestCost(unittest.TestCase):
         for act, steps, _, _, _, _, to_plain, by_flops, to_relu in rows:
             if steps == "0":  # compared with itself
                 self.assertEqual((to_plain, by_flops), ("1.00", "1.00"))
-            else:  # (2 steps x 2 + 3) / 3 forwards
+            else:  # (2 steps of 2 forwards' cost + the update's 3) / 3
                 self.assertEqual(by_flops, "2.33")
             if act == "relu":
                 self.assertEqual(to_relu, "1.00")
@@ -4627,7 +4629,7 @@ class TestActivationsPicture(InAnEmptyFolder):
                 self.assertAlmostEqual(found_jump, jump, places=4)
                 np.testing.assert_allclose(found_curvature, curvature, rtol=1e-3)
 
-    def test_bytes_saved_are_those_of_what_autograd_keeps(self):
+    def test_bytes_saved_are_those_that_autograd_keeps_for_each_element(self):
         x = torch.randn(1000, requires_grad=True)
         self.assertEqual(sanity.bytes_saved(nn.ReLU(), x), 4)
         self.assertEqual(sanity.bytes_saved(square_of, x), 4)
@@ -4872,6 +4874,7 @@ class TestLandscapeAndGallery(InAnEmptyFolder):
 
     def test_a_plane_is_not_rough_and_a_parabola_is(self):
         a = np.arange(6.0)
+        # Second differences of a parabola are 2, along the other axis 0; roughness is their mean square
         self.assertAlmostEqual(sanity.roughness(3 * a[:, None] - 2 * a), 0)
         self.assertAlmostEqual(sanity.roughness(a[:, None] ** 2 + 0 * a), (2**2 + 0) / 2)
 
