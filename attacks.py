@@ -1,11 +1,12 @@
 """
 The adversary: L-infinity attacks as pure functions on pixels.
 
-`model` is any callable from images (N, 3, H, W) in [0, 1] to logits (N, K); nothing here knows more.
-No attack switches the model's mode or computes a gradient of its weights. None touches torch's random
-state, except `pgd` where it is given no `noise`.
+`model` is any callable from images (N, C, H, W) in [0, 1] to logits (N, K); of an nn.Module it is only
+checked that it is in eval mode. No attack switches that mode or computes a gradient of the weights. None
+touches torch's random state, except `pgd` where it is given no `noise`.
 
-To train, to measure, and to measure with a stronger attack (index: (N,), the images' numbers):
+To train, to measure, and to measure with a stronger attack. index, (N,) int64, is each image's place in
+the data set: its random numbers depend on that, not on the batch.
 >>> x_adv = pgd(net.eval(), x, y, eps=8 / 255, step_size=2 / 255, steps=10)
 >>> x_adv, report = pgd_search(net.eval(), x, y, eps=8 / 255, step_size=2 / 255, steps=50, index=index)
 >>> x_adv, report = autoattack(net.eval(), x, y, eps=8 / 255, index=index)
@@ -24,10 +25,11 @@ import torch.nn.functional as F
 from torch import nn
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack is these, in this order
-# First word of the counter given to uniform, so that no two attacks draw the same numbers
+# Who draws random numbers: the first part of `uniform`'s counter, so that no two attacks get the same
 START, APGD, SQUARE = 0, 1, 2
-LOSS_SCALE = 2.0**7  # SAT's code has it, for float16; a power of two is exact in every other precision
-# Queries after which the square's area is halved (AA)
+# As in SAT's code, so that small float16 gradients do not become 0. A power of two changes nothing else
+LOSS_SCALE = 2.0**7
+# The last squares before the area is halved (AA)
 SQUARE_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
@@ -54,7 +56,7 @@ def uniform(seed, index, counter, shape):
         counter = (counter,)
     key = mix(torch.full_like(index, seed))
     for word in (index, *counter):
-        key = mix(key * 3 + word + 1)  # an odd factor, so that the order of the words matters
+        key = mix(key * 3 + word + 1)  # mixed after each word, so that their order matters
     n_numbers = torch.Size(shape).numel()
     z = torch.arange(1, n_numbers + 1, device=index.device)
     z = z * -0x61C8864680B583EB + key[:, None]  # SplitMix64's increments, a stream per image
@@ -94,8 +96,8 @@ def check_labels(logits, y):
 def ball(x, eps):
     """The pixels an attack may use, within eps of x and in [0, 1] -> lower, upper, as x.
 
-    The radius is 2^-23 smaller than eps, and rounding moves x ± radius by less: the bounds never
-    leave the exact ball, without float64.
+    In float32, x ± radius is off by less than 2^-23. The radius is that much smaller than eps, so the
+    bounds stay inside the exact ball, and nothing has to be computed in float64.
     """
     radius = max(eps - 2.0**-23, 0.0)
     lower = (x - radius).clamp_(0, 1)
@@ -148,8 +150,8 @@ def pgd(model, x, y, eps, step_size, steps, noise=None, loss=cross_entropy, chec
     """Projected gradient ascent, PGD (SAT Sec. 3.1) -> x_adv, the last iterate, as x.
 
     It climbs `loss(logits, y)`, (N,). eps, step_size: fractions of [0, 1]. noise: the start's offset,
-    as x; None for a fresh uniform one. ValueError as `check_arguments`; check=False spares the wait for
-    the device that these checks cost.
+    as x; None for a fresh uniform one. ValueError as `check_arguments` and `check_labels`; check=False
+    spares the wait for the device that these checks cost.
     """
     if check:
         check_arguments(model, x, y)
@@ -166,7 +168,8 @@ def pgd(model, x, y, eps, step_size, steps, noise=None, loss=cross_entropy, chec
     x_adv = torch.clamp(x + noise, lower, upper)  # Differs from SAT, whose start may leave [0, 1]
     for _ in range(steps):
         _, grad = input_gradient(model, x_adv, objective)
-        direction = torch.where(grad.isnan(), grad, grad.sign())  # sign() would hide NaN: it gives 0
+        # NaN stays NaN, so that training notices and stops; sign() would turn it into 0
+        direction = torch.where(grad.isnan(), grad, grad.sign())
         x_adv = torch.clamp(x_adv + step_size * direction, lower, upper)
     return x_adv
 
@@ -263,7 +266,8 @@ def pgd_search(model, x, y, eps, step_size, steps, index, restarts=1, seed=0, ve
 
     `last_iterate` is SAT's protocol: every image takes all steps from one start, x_adv is the last
     iterate, robust its verdict, and robust_at (N, steps + 1) bool the verdict of every iterate; restart
-    and step stay -1. ValueError as `check_arguments`, and for last_iterate with restarts.
+    and step stay -1. ValueError as `check_arguments` and `check_labels`, and for last_iterate with
+    restarts.
     """
     check_arguments(model, x, y)
     if last_iterate and restarts > 1:
@@ -375,7 +379,8 @@ def apgd(model, x, y, eps, index, seed=0, target=None, loss=cross_entropy, resta
     rest.loss_best = worst
     rest.loss_checked = worst  # loss_best at the last checkpoint
     rest.n_up = torch.zeros_like(y)  # steps since then that went up
-    rest.halved = torch.ones_like(y, dtype=torch.bool)  # at the last checkpoint; True: none yet
+    # Whether the last checkpoint halved the step; True before the first, which then is never "stuck"
+    rest.halved = torch.ones_like(y, dtype=torch.bool)
     rest.step_size = torch.full_like(worst, 2 * eps)
     checks = checkpoints(steps)
     last_check = 0
@@ -424,9 +429,10 @@ def apgd(model, x, y, eps, index, seed=0, target=None, loss=cross_entropy, resta
 def to_hyperplane(x, w, gap, iterations=6):
     """The smallest L-inf step inside the box that raises <w, x> by gap, (N,) -> as x (FAB).
 
-    Every pixel moves by `reach` or until it meets the box, so <w, step> is concave in the reach: Newton
-    climbs from 0 to the reach that gives gap, without sorting pixels; in our trials six iterations were
-    exact in float32. If the plane misses the box, the step leads to a corner.
+    Every pixel moves by `reach`, or less where the box stops it. As reach grows, <w, step> grows ever
+    more slowly (it is concave), so Newton's method from 0 never overshoots the reach that gives gap. FAB
+    finds the same reach by sorting the pixels. In our trials six iterations were exact in float32. Where
+    no point of the box gains as much as gap, the step goes towards the corner that gains most.
     """
     gap = gap.nan_to_num(0, 0, 0)  # logits that are not finite define no plane
     direction = w.sign() * per_image(gap.sign())
@@ -482,7 +488,7 @@ def fab(model, x, y, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, 
         fooled = search.confirm(rest.wrong & near)
         search.leave(fooled)
 
-        # Across the boundary but too far away: back towards x
+        # Across the boundary, but too far away or not confirmed: back towards x
         back = rest.x + beta * (rest.x_adv - rest.x)
         rest.x_adv = torch.where(per_image(rest.wrong), back, rest.x_adv)
     return search.x_adv, search.fooled, search.forwards
@@ -519,7 +525,7 @@ def square(model, x, y, eps, index, seed=0, queries=5000, p=0.8, verify=None, pr
         search.leave(fooled)
 
         # The size of the next square; its schedule is not rescaled to the number of queries (AA)
-        n_halvings = sum(query >= n for n in SQUARE_HALVINGS)
+        n_halvings = sum(query > n for n in SQUARE_HALVINGS)
         area = p / 2**n_halvings * H * W
         side = max(round(area**0.5), 1)
         side = min(side, H, W)
@@ -553,6 +559,7 @@ def blind_spots(logits, again, grad):
     again = again[finite]
 
     drift = (again - logits).abs().amax(1) / logits.abs().amax(1).clamp(min=1e-12)
+    drift = drift.nan_to_num(torch.inf)
     if (drift > 1e-4).any():
         warnings.append(f"random logits: they change by up to {drift.max():.1%} between two calls on "
                         "one image; gradients need averaging over calls, and a verdict is one draw")
@@ -565,8 +572,8 @@ def blind_spots(logits, again, grad):
 
     zero = (grad == 0).float().mean()  # NaN where there are no images
     if zero > 0.05:
-        warnings.append(f"zero gradients: {zero:.1%} of the input gradient is exactly 0 (saturated, "
-                        "rounded or underflowing); PGD and APGD-CE see nothing there")
+        warnings.append(f"zero gradients: {zero:.1%} of the input gradient is exactly 0 or not finite "
+                        "(saturated, rounded or underflowing); PGD and APGD-CE see nothing there")
     return warnings
 
 
@@ -591,13 +598,15 @@ def autoattack(model, x, y, eps, index, seed=0, verify=None, attacks=STANDARD, p
 
     x_adv is x where nothing was found. report is a dict:
       clean      (N,) int64: the class of x, -1 for NaN
-      fooled_by  [N]: the name of an attack, or None
+      fooled_by  [N]: the name of the first attack that fooled it; None where none did, and where x was
+                 wrong already (robust is: None, and clean == y)
       forwards   (N,) int64: forward passes spent on the image
       attacks    {"clean" or name: {"seconds", "forwards", "fooled"}}
       warnings   [str], each "reason: sentence"
 
     verify: the float32 model, where `model` runs in less. `progress(name, step, n_steps, n_undecided)`
-    is called at every step and may raise. ValueError as `check_arguments`, and for an unknown attack.
+    is called at every step and may raise. ValueError as `check_arguments` and `check_labels`, and for an
+    unknown attack.
     """
     exact = verify or model
     check_arguments(model, x, y)
@@ -640,14 +649,16 @@ def autoattack(model, x, y, eps, index, seed=0, verify=None, attacks=STANDARD, p
     # One attempt, or one for each target class
     n_attempts = {"apgd-ce": 1, "apgd-t": n_targets, "fab-t": n_targets, "square": 1}
     targeted_loss = targeted_dlr
+    few_classes = None
     if n_classes == 3:
         targeted_loss = targeted_cross_entropy
-        note = "targeted DLR needs 4, the model has 3; apgd-t ran targeted cross-entropy"
+        few_classes = ("few classes: targeted DLR needs 4, the model has 3; "
+                       "apgd-t ran targeted cross-entropy")
     elif n_classes < 3:
         n_attempts["apgd-t"] = 0
-        note = f"apgd-t skipped, with {n_classes} it would only repeat apgd-ce"
-    if n_classes <= 3 and "apgd-t" in attacks:
-        warnings.append(f"few classes: {note}")
+        few_classes = f"few classes: apgd-t skipped, with {n_classes} it would only repeat apgd-ce"
+    if few_classes is not None and "apgd-t" in attacks:
+        warnings.append(few_classes)
 
     for name in STANDARD:
         if name not in attacks:
@@ -665,7 +676,7 @@ def autoattack(model, x, y, eps, index, seed=0, verify=None, attacks=STANDARD, p
                     n_done = attempt * n_steps + step
                     progress(name, n_done, n_attempts[name] * n_steps, n_undecided)
 
-            target = targets[rows, attempt]
+            target = targets[rows, attempt] if name in ("apgd-t", "fab-t") else None
             draws = dict(index=index[rows], seed=seed)
             common = dict(eps=eps, verify=verify, progress=tell)
             if name == "apgd-ce":

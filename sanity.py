@@ -191,8 +191,8 @@ def at_least(what, hit, warn, fail, why, skip="no image to judge", note=""):
                  why=why, skip=skip, note=note)
 
 
-# The doubts, by topic. Their bounds are our judgement: the robust nets behind results/ stay well within,
-# the overfitted one does not
+# The doubts, by topic. Their bounds are our judgement: the robust net of results/shapes-report.log stays
+# within, the overfitted one of results/shapes-early-stop-report.log does not
 
 STEPS = 200  # of the PGD that is doubted
 MARKS = (0, 1, 5, 10, 20, 50, 100, STEPS)  # iterations to report
@@ -263,8 +263,8 @@ def doubts_about_the_model(run):
 def doubts_about_iterations(run, found):
     """Does PGD do more when it goes on (SAT Sec. 6), and what does it find? found: by PGD-200.
 
-    Each share is of all images or, where `skip` is given, of those that it calls missing.
-    PGD-50 means the first 50 of the 200 steps.
+    Shares are of all images, unless `skip` is given: skip="no image is right" goes with a share of the
+    images that are right. PGD-50 means the first 50 of the 200 steps.
     """
     right = found.right
 
@@ -301,7 +301,8 @@ def doubts_about_the_radius(run, found):
     right = found.right
     shares = []
     for eps in RADII:
-        step_size = max(1, 2.5 * eps / RADII_STEPS)  # 2.5 radii in all (Madry et al. 2018)
+        # 2.5 radii in all (Madry et al. 2018), more below eps 8, where a step is 1
+        step_size = max(1, 2.5 * eps / RADII_STEPS)
         at_eps = search(f"eps {eps}", run.net, run.index[right], run.x[right], run.y[right], eps=eps,
                         step_size=step_size, steps=RADII_STEPS)
         shares.append(f"{eps}: {at_eps.robust.sum() / len(right):.1%}")
@@ -313,7 +314,8 @@ def doubts_about_the_radius(run, found):
 def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
     """Do other attacks find what PGD has missed (CA)?
 
-    Shares are of all images, so that 1% is a point of the robust accuracy.
+    The first four shares are of all images, so that 1% is a point of the robust accuracy. The last two
+    are of the images that the net in question gets right.
     """
     net = run.net
     robust = found.robust
@@ -350,7 +352,7 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
     yield at_most("robust, but not to APGD", of_all(by_apgd), warn=0.05, fail=0.15,
                   why="PGD stops short; quote AutoAttack", skip=nobody)
     yield at_most("robust to both, not to Square", of_all(by_square), warn=0.03, fail=0.1,
-                  why="beating gradients without one: masked", skip=nobody)
+                  why="needs no gradient, yet wins: masked", skip=nobody)
 
     moved = no_rows
     if surrogate is not None:
@@ -483,11 +485,12 @@ class Spread(NamedTuple):
 def spread_of(difference):
     """Differences of verdicts, -1, 0 or 1, of S >= 2 seeds on N images, (S, N) -> Spread.
 
-    The difference of seed s on image i is delta + seed_s + image_i + rest_si. So the mean over all
+    The difference of seed s on image i is delta + seed_s + image_i + rest_si, so the mean over all
     varies by
         (var seed + var rest / N) / S + var image / N.
-    The variance of the seeds' means is the bracket, that of the images' means var image + var rest / S;
-    the residual of the two-way table gives var rest (Searle, Casella & McCulloch 1992).
+    Three estimates give it (Searle, Casella & McCulloch 1992). The variance of the seeds' means
+    estimates var seed + var rest / N. The variance of the images' means estimates var image + var rest
+    / S. What remains of the table without the means of its rows and columns estimates var rest.
     """
     n_seeds, n_images = difference.shape
     mean = difference.mean()
@@ -522,7 +525,7 @@ def interval_of_seeds(new, old):
 
 
 def n_seeds_to_decide(difference, spread):
-    """How many seeds would decide if the difference and the spread stayed; None: no number would."""
+    """How many seeds would decide if difference and spread stayed; None: not even MOST_SEEDS would."""
     for n_seeds in range(spread.n_seeds + 1, MOST_SEEDS + 1):
         if half_width(spread, n_seeds) < abs(difference):
             return n_seeds
@@ -728,7 +731,8 @@ def compare_training(pairs):
 
 def flags_that_differ(pairs):
     """The flags of training that are not the same in all runs -> ["act: silu | relu"]."""
-    # train.FREE: flags that change no result; the rest may differ within a method, or from the machine
+    # Not listed: the flags of train.FREE (`init` is there, but its init_hash is listed), and what may
+    # differ between two runs of one method: the seed, the commit, and what depends on the machine
     ignored = {*train.FREE, "seed", "commit", "processes", "python", "torch", "torchvision", "compile"}
     names = {name for pair in pairs for run in pair for name in run.args} - ignored
     differ = []
@@ -772,7 +776,8 @@ def compare(args):
     for row in rows:
         if row["setting"] != setting:
             setting = row["setting"]
-            say(f"\n{setting}; {row['n']} images; accuracies in percent, the rest in images per seed")
+            say(f"\n{setting}; {row['n']} images; accuracies in percent, "
+                "only new and only old in images per seed")
             say(f"  {'':<23}{'new':>7}{'old':>7}{'new - old':>11}{'95% interval':>18}{'only new':>10}"
                 f"{'only old':>10}  verdict")
         interval = f"{row['low']:+.2f} to {row['high']:+.2f}"
@@ -840,7 +845,7 @@ class StepCost(NamedTuple):
 
 
 def timed_step(trainer, x, y):
-    """One update as in train.main's loop -> StepCost."""
+    """The attack and the update of train.main's loop on one batch -> StepCost."""
     flags = trainer.flags
     device = trainer.device
     bytes_before = 0
@@ -898,12 +903,13 @@ def cost(args):
     n = args.batch_size or (32 if device.type == "cpu" else 128)
     how_to_run = [False, True] if flags.compile else [False]  # compiled or not
     if flags.compile:  # all variants run the same code: past this limit torch would run them eagerly
-        torch._dynamo.config.recompile_limit = 8 * len(args.acts) * len(args.pgd)
+        usual_limit = 8  # torch's, which is meant for one network
+        torch._dynamo.config.recompile_limit = usual_limit * len(args.acts) * len(args.pgd)
     trainers = {}
     for compiled in how_to_run:
         for act in args.acts:
             for steps in args.pgd:
-                changed = dict(act=act, steps=steps, early_stop=False)  # it needs steps > 0
+                changed = dict(act=act, steps=steps, early_stop=False)  # --early-stop needs steps > 0
                 own_flags = argparse.Namespace(**{**vars(flags), **changed})
                 trainer = make_trainer(own_flags, CLASSES, compiled, device)
                 trainers[Variant(act, steps, compiled)] = trainer
@@ -1024,11 +1030,11 @@ def time_a_gpu(trainer, n_classes, n, res):
         raise SystemExit(f"{n} images at {res} px do not fit a {device_name(trainer.device)}; use more "
                          "--processes, or train.py's --accum")
     return n / median.seconds, (f"{n} images at {res} px took {median.seconds:.3f} s and "
-                                f"{median.peak_bytes / 2**30:.1f} GiB")
+                                f"{median.peak_bytes / 2**30:.1f} GiB beside weights and momentum")
 
 
 def time_a_cpu(trainer, n_classes, size, passes):
-    """Time the largest step that takes seconds, scale by FLOPs -> images a second, what was timed."""
+    """Time a step as large as some seconds allow, scale by FLOPs -> images a second, what was timed."""
     full_res = trainer.flags.res
     speed = None  # FLOPs a second
     # Ever larger steps, and none that the last speed says would take more than 5 seconds
@@ -1095,7 +1101,7 @@ def plan(args):
     say(f"memory   {weight_bytes / 2**30:.1f} GiB for weights and optimizer; about "
         f"{n_on_device * kept_bytes / 2**30:.0f} GiB for the {n_on_device} images that each of "
         f"{args.processes} devices holds, {kept_bytes / 2**20:.0f} MiB each")
-    say(f"timed    {timed}; on {name} in {flags.dtype}, without loading and validation")
+    say(f"timed    {timed}; on {name} in {flags.dtype}, without loading, averaging and validation")
     say(f"hours    {hours:,.1f} on 1, {hours / 8:,.1f} on 8, {hours / 64:,.1f} on 64 x {name}")
 
 
@@ -1197,13 +1203,16 @@ class Figure:
 
     def fine_points(self, points):
         """Points [(x, y), ...], the middles of units -> in pixels of the fine image."""
-        # Pillow puts a line of even width half a pixel too low and to the right: 1 corrects it
+        # The middle of a unit is the edge of two fine pixels. Pillow's line of even width, drawn to the
+        # right or down through pixel p, has its middle at the edge behind p: p is 1 less than the edge
         return [(self.fine(x + 0.5) - 1, self.fine(y + 0.5) - 1) for x, y in points]
 
     def line(self, points, colour=INK, width=1.0, dash=None):
         """A line through points [(x, y), ...]; `dash`: lengths of ink and gap in turn."""
         pieces = [points] if dash is None else dashed(points, dash)
         for piece in pieces:
+            if len(piece) == 2:
+                piece = sorted(piece)  # to the right or down: other lines Pillow shifts the other way
             self.pen.line(self.fine_points(piece), colour, self.fine(width), joint="curve")
 
     def polygon(self, points, colour):
@@ -1994,7 +2003,8 @@ def get_args(argv=None):
     c = add_command(report, "doubt one net's robustness: a verdict for each way to be wrong")
     evaluate.add_common_flags(c)
     c.add_argument("--surrogate", help="a second net's folder or file, whose attacks are tried too")
-    c.add_argument("--normal", help="a normally trained net's folder or file, which may not be robust")
+    c.add_argument("--normal",
+                   help="a normally trained net's folder or file; if it seems robust, PGD is too weak")
     c.add_argument("--json", help="write the verdicts to this file too")
 
     c = add_command(compare, "runs of an idea against runs of its baseline, by image and by seed")
