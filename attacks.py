@@ -1,12 +1,12 @@
 """
 The adversary: L-infinity attacks as pure functions on pixels.
 
-`model` is any callable from images (N, C, H, W) in [0, 1] to logits (N, K); of an nn.Module it is only
-checked that it is in eval mode. No attack switches that mode or computes a gradient of the weights. None
-touches torch's random state, except `pgd` where it is given no `noise`.
+`model` is any callable from images (N, C, H, W) in [0, 1] to logits (N, K). If it is an nn.Module,
+`pgd`, `pgd_search` and `autoattack` refuse it in train mode. No attack switches that mode or computes a
+gradient of the weights. None touches torch's random state, except `pgd` where it is given no `noise`.
 
-To train, to measure, and to measure with a stronger attack. index, (N,) int64, is each image's place in
-the data set: its random numbers depend on that, not on the batch.
+The three to start from: to train, to measure, and to measure with a stronger attack. `index`, (N,)
+int64, is each image's place in the data set: its random numbers depend on that, not on the batch.
 >>> x_adv = pgd(net.eval(), x, y, eps=8 / 255, step_size=2 / 255, steps=10)
 >>> x_adv, report = pgd_search(net.eval(), x, y, eps=8 / 255, step_size=2 / 255, steps=50, index=index)
 >>> x_adv, report = autoattack(net.eval(), x, y, eps=8 / 255, index=index)
@@ -27,9 +27,9 @@ from torch import nn
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack is these, in this order
 # Who draws random numbers: the first part of `uniform`'s counter, so that no two attacks get the same
 START, APGD, SQUARE = 0, 1, 2
-# As in SAT's code, so that small float16 gradients do not become 0. A power of two changes nothing else
+# As in SAT's code, so that small float16 gradients do not become 0. A power of two rounds nothing
 LOSS_SCALE = 2.0**7
-# The last squares before the area is halved (AA)
+# The numbers, from 0, of the squares after which the area is halved (AA)
 SQUARE_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
@@ -59,7 +59,7 @@ def uniform(seed, index, counter, shape):
         key = mix(key * 3 + word + 1)  # mixed after each word, so that their order matters
     n_numbers = torch.Size(shape).numel()
     z = torch.arange(1, n_numbers + 1, device=index.device)
-    z = z * -0x61C8864680B583EB + key[:, None]  # SplitMix64's increments, a stream per image
+    z = z * -0x61C8864680B583EB + key[:, None]  # 0x9E3779B97F4A7C15: its increments, a stream per image
     bits = (mix(z) >> 40) & 0xFFFFFF  # the upper 24: as many as a float32 holds
     return bits.float().mul_(2.0**-24).view(-1, *shape)
 
@@ -357,6 +357,7 @@ def apgd(model, x, y, eps, index, seed=0, target=None, loss=cross_entropy, resta
     """Auto-PGD (AA Alg. 1) -> x_adv (x where it found nothing), fooled (N,) bool, forwards (N,) int64.
 
     It climbs `loss(logits, y)`, or `loss(logits, y, target)` where a target, (N,) int64, is given.
+    restart: which random start, an int.
     """
     search = Search("apgd", x, y, eps, verify, progress)
     rest = search.rest
@@ -375,7 +376,7 @@ def apgd(model, x, y, eps, index, seed=0, target=None, loss=cross_entropy, resta
     rest.x_best = rest.x_adv
     rest.grad_best = torch.zeros_like(x)
     worst = x.new_full((len(x),), -torch.inf)
-    rest.loss = -worst  # so that the first iterate does not count as a step up
+    rest.loss = torch.full_like(worst, torch.inf)  # the first iterate is no step up
     rest.loss_best = worst
     rest.loss_checked = worst  # loss_best at the last checkpoint
     rest.n_up = torch.zeros_like(y)  # steps since then that went up
@@ -465,11 +466,11 @@ def fab(model, x, y, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, 
 
     for _ in search.until_all_fooled(steps):
         logits, w = search_gradient(model, rest.x_adv, objective)
-        gap = -objective(logits)  # <w, x> must rise by this much to reach the boundary
+        gap = -objective(logits)  # <w, x_adv> must rise by this much to reach the boundary
 
         # Step past the boundary from x_adv and from x, then mix: alpha is the share of x's step
         step_adv = to_hyperplane(rest.x_adv, w, gap)
-        gap_of_x = gap + (w * (rest.x_adv - rest.x)).sum((1, 2, 3))
+        gap_of_x = gap + (w * (rest.x_adv - rest.x)).sum((1, 2, 3))  # to the same plane, from x
         step_x = to_hyperplane(rest.x, w, gap_of_x)
         size_adv = linf(step_adv).clamp(min=1e-8)
         size_x = linf(step_x).clamp(min=1e-8)
@@ -548,7 +549,10 @@ def square(model, x, y, eps, index, seed=0, queries=5000, p=0.8, verify=None, pr
 # AutoAttack
 
 def blind_spots(logits, again, grad):
-    """Warnings of what blinds attacks -> [str]. again: a second call's logits; grad: as the images."""
+    """Warnings of what blinds attacks -> [str].
+
+    logits, again: of two calls on the clean images. grad: the input gradient of those that are right.
+    """
     warnings = []
     finite = logits.isfinite().all(1)
     n_broken = int((~finite).sum())
@@ -587,7 +591,7 @@ def masked_gradients(n, fooled):
     if not with_gradients or n_square <= 0.002 * n:  # AA's authors warn at this share
         return []
     names = ", ".join(with_gradients)
-    return [f"masked gradients: Square fooled {n_square} of {n} images that {names} did not; the true "
+    return [f"masked gradients: of {n} images, Square fooled {n_square} that {names} did not; the true "
             "robustness is lower, so attack the model adaptively"]
 
 
@@ -598,8 +602,8 @@ def autoattack(model, x, y, eps, index, seed=0, verify=None, attacks=STANDARD, p
 
     x_adv is x where nothing was found. report is a dict:
       clean      (N,) int64: the class of x, -1 for NaN
-      fooled_by  [N]: the name of the first attack that fooled it; None where none did, and where x was
-                 wrong already (robust is: None, and clean == y)
+      fooled_by  [N]: the name of the first attack that fooled the image, or None: no attack did, or x
+                 was wrong already. An image is robust if fooled_by is None and clean is y
       forwards   (N,) int64: forward passes spent on the image
       attacks    {"clean" or name: {"seconds", "forwards", "fooled"}}
       warnings   [str], each "reason: sentence"

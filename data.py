@@ -336,7 +336,6 @@ def draw_shapes(n, res, train):
          red, green, blue, contrast) = draws
 
         # Where each pixel lies in the shape's own axes: moved, turned, scaled
-        place = y[index, None, None] / len(SHAPES)  # the class's, in [0, 1)
         size = 0.5 + 0.2 * scale
         turn = 0.6 * angle - 0.3
         moved_x = (column + 0.5) * 2 / res - 0.85 - 0.3 * left
@@ -350,11 +349,12 @@ def draw_shapes(n, res, train):
         inside = (0.5 - edge * size * res / 2).clamp(0, 1)  # an edge one pixel wide, not jagged
 
         # Its colour, the ground it stands on, the grating over both, and noise
-        hue = 2 * math.pi * (place + 0.4 * tone - 0.2)
+        class_share = y[index, None, None] / len(SHAPES)  # the class's number, in [0, 1)
+        hue = 2 * math.pi * (class_share + 0.4 * tone - 0.2)
         tint = 1 + 0.5 * torch.cos(hue - 2 * math.pi / 3 * channel)  # (3, N, 1, 1)
         ground = 0.15 + 0.2 * torch.stack([red, green, blue])
         ground = ground + 0.1 * (u * (slope_u - 0.5) + v * (slope_v - 0.5))
-        frequency = math.pi * (0.5 + 0.5 * place)  # radians per pixel
+        frequency = math.pi * (0.5 + 0.5 * class_share)  # radians per pixel
         waves_down = torch.cos(frequency * row + 6.3 * phase_row)  # 6.3 is about 2 pi
         grating = waves_down * torch.cos(frequency * column + 6.3 * phase_column)
         image = ground + inside * (0.16 + 0.28 * contrast) * tint + 4 / 255 * grating  # (3, N, res, res)
@@ -606,7 +606,7 @@ def smaller(file, short):
     """The bytes of a picture with its shorter side at most `short` pixels; its own bytes if it is small.
 
     What the loader sees is what is resized: grey, CMYK, palette and 16-bit pictures as `to_rgb` makes
-    them. The format is that of the file's name, so that a PNG stays a PNG, and only a JPEG is lossy.
+    them. The format is that of the file's name: a PNG stays a PNG, and only JPEG and WebP are lossy.
     """
     content = file.read_bytes()
     picture = to_rgb(Image.open(io.BytesIO(content)))  # decodes it: a damaged small one is found too

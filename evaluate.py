@@ -198,7 +198,8 @@ def code_digest():
     """A hex digest of the code that decides a verdict: an edited comment does not change it.
 
     It is of the syntax trees of activations.py, models.py, attacks.py and the evaluation transform.
-    This file is not among them: it only counts.
+    This file is not among them: it calls them and counts. After an edit here that changes verdicts, use
+    --fresh.
     """
     sources = [inspect.getsource(module) for module in (activations, models, attacks)]
     sources += [inspect.getsource(function) for function in (data.eval_transform, data.to_rgb)]
@@ -212,7 +213,7 @@ def code_digest():
 # The ledger: one JSON line per image, one file per process
 
 # Of PGD:                {"index": 7, "label": 3, "clean": 3, "forwards": 12, "fooled": [restart, step]}
-# of its last iterate:   {..., "robust_at": "1100"}, one digit per step, 1 where it does not fool
+# of its last iterate:   {..., "robust_at": "1100"}, one digit per iterate, 1 where it does not fool
 # of APGD, AutoAttack:   {..., "fooled": "square"}; null where an image is not fooled, here as above
 # beside the verdicts:   {"warning": "reason: sentence"}
 
@@ -527,7 +528,8 @@ def main():
     if rank == 0:
         path = folder / f"{name}.json"
         earlier = read_json(path) if path.exists() else {"n": 0}
-        if counts["n_timed"] == 0 and earlier["n"] == counts["n"]:  # nothing is new: the time then
+        if counts["n_timed"] == 0 and earlier["n"] == counts["n"]:
+            # Nothing was measured now: the time is that of the earlier report
             seconds = earlier.get("seconds", seconds)
             counts["n_timed"] = earlier.get("n_timed", counts["n"])
         report = {

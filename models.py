@@ -77,7 +77,8 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs, width, stride, groups, group_width, act, norm):
         super().__init__()
-        inner = groups * width * group_width // 64  # group_width: in the stage of width 64
+        # group_width is the width of one group where the stage is 64 wide, and grows with the stage
+        inner = groups * width * group_width // 64
         outputs = self.expansion * width
         self.conv1 = conv(inputs, inner, 1)
         self.bn1 = norm(inner)
@@ -271,7 +272,7 @@ def efficientnet(width, depth, res, dropout):
 
 
 MODELS = {
-    # for CIFAR-10, RN Sec. 4.2
+    # for CIFAR-10, RN Sec. 4.2, but with option B's shortcuts as everywhere here
     "resnet8": resnet(BasicBlock, 1, 1, 1, width=16, res=32),  # 0.08M parameters
     "resnet20": resnet(BasicBlock, 3, 3, 3, width=16, res=32),  # 0.27M
     # for ImageNet: blocks in each stage, RN Table 1

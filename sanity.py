@@ -82,7 +82,7 @@ def open_run(args, limit):
     """The run that evaluate.py's flags name -> the namespace of evaluate.find_run, and in it
 
       net, digest, device, images   the network, its weights' hash, where it is, the test set
-      index, x, y                   the first --limit of its images (default: `limit`)
+      index, x, y                   --limit of its images (default: `limit`), as in evaluate.py
       eps, step_size, steps         of the attack; the first two in 1/255
       out                           the folder of the weights
     """
@@ -322,7 +322,7 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
     index = run.index[robust]
     x = run.x[robust]
     y = run.y[robust]
-    nobody = "no image withstands PGD"
+    nobody = "no image to judge"
     no_rows = robust[:0]  # makes the verdict SKIP
 
     def of_all(hit):
@@ -359,7 +359,8 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
         x_adv = pgd_from(surrogate, index, x, y, eps=run.eps, step_size=run.step_size, steps=50)
         moved = of_all(predict(logits_of(net, x_adv)) != y)
     yield at_most("robust, but not to transfer", moved, warn=0.03, fail=0.1,
-                  why="the net masks its own gradient", skip="--surrogate names no second net")
+                  why="the net masks its own gradient",
+                  skip="--surrogate names no second net" if surrogate is None else nobody)
 
     right = found.right
     x = run.x[right]
@@ -379,7 +380,7 @@ def doubts_from_other_attacks(run, found, surrogate=None, normal=None):
                            step_size=run.step_size, steps=50)
         withstands = of_normal.robust[of_normal.right]
     yield at_most("a normal net is robust", withstands, warn=0.05, fail=0.15, why="PGD is too weak",
-                  skip="--normal names no normally trained net")
+                  skip="--normal names no normally trained net" if normal is None else nobody)
 
 
 def all_doubts(run, surrogate=None, normal=None):
@@ -718,7 +719,7 @@ def training_of(run):
 
 
 def compare_training(pairs):
-    """The last epoch's mean loss and error on attacked training images -> rows, without intervals."""
+    """The last epoch's mean loss and error in training, under its attack -> rows, without intervals."""
     lines = [(training_of(new), training_of(old)) for new, old in pairs]
     rows = []
     if all(new and old for new, old in lines):
@@ -784,13 +785,14 @@ def compare(args):
         say(f"  {row['what']:<23}{row['new']:7.2f}{row['old']:7.2f}{row['difference']:+11.2f}"
             f"{interval:>18}{row['only_new']:10.1f}{row['only_old']:10.1f}  {row['verdict']}")
     if training:
-        say("\ntraining images under attack, last epoch")
+        say("\nlast epoch of training, under its attack if it had one")
     for row in training:
         say(f"  {row['what']:<23}{row['new']:7.3f}{row['old']:7.3f}{row['difference']:+11.3f}")
 
     if args.json:
-        write_json(Path(args.json), dict(new=args.new, old=args.against, seeds=seeds, about=about,
-                                   comparisons=rows, training=training))
+        write_json(Path(args.json), dict(
+            new=[str(run.folder) for run, _ in pairs], old=[str(run.folder) for _, run in pairs],
+            seeds=seeds, about=about, comparisons=rows, training=training))
     if args.png:
         bars = []
         for row in rows:
@@ -809,7 +811,7 @@ def clock(device):
     return time.perf_counter()
 
 
-CLASSES = 1000  # ImageNet's, whatever --data: the last layer costs next to nothing
+CLASSES = 1000  # ImageNet's; `cost` takes it whatever --data: the last layer costs next to nothing
 
 
 def make_trainer(flags, n_classes, compiled, device):
@@ -829,7 +831,8 @@ def make_trainer(flags, n_classes, compiled, device):
     if compiled:
         attack_model = torch.compile(view, dynamic=False)
         train_model = torch.compile(net, dynamic=False)
-    # The learning rate is next to nothing: many steps on one batch, and the same work in each
+    # A learning rate at which the weights hardly move: all steps are on one random batch, which the net
+    # would otherwise fit or diverge on
     optimizer = torch.optim.SGD(train.parameter_groups(net, flags.wd), lr=1e-9, momentum=0.9,
                                 nesterov=flags.nesterov, fused=device.type == "cuda")
     return SimpleNamespace(
@@ -1203,8 +1206,8 @@ class Figure:
 
     def fine_points(self, points):
         """Points [(x, y), ...], the middles of units -> in pixels of the fine image."""
-        # The middle of a unit is the edge of two fine pixels. Pillow's line of even width, drawn to the
-        # right or down through pixel p, has its middle at the edge behind p: p is 1 less than the edge
+        # The middle of a unit lies between two fine pixels, b - 1 and b. Pillow centres a line of even
+        # width, drawn to the right or down through pixel p, between p and p + 1: so p has to be b - 1
         return [(self.fine(x + 0.5) - 1, self.fine(y + 0.5) - 1) for x, y in points]
 
     def line(self, points, colour=INK, width=1.0, dash=None):
@@ -1396,9 +1399,7 @@ def derivatives(act, x):
     x = x.clone().requires_grad_()
     y = act.double()(x)
     slope, = torch.autograd.grad(y.sum(), x, create_graph=True)
-    curvature = torch.zeros_like(x)
-    if slope.requires_grad:  # ReLU's does not: it is constant on both sides
-        curvature, = torch.autograd.grad(slope.sum(), x)
+    curvature, = torch.autograd.grad(slope.sum(), x)
     return y.detach(), slope.detach(), curvature
 
 
@@ -1510,7 +1511,7 @@ def curves(args):
         is_validated = any(line["kind"] == "val" for line in log)
         names.append(folder if is_validated else f"{folder} (not validated yet)")
     panels = []
-    shown = (("Training loss, attacked images", "cross-entropy", "epoch", "loss", 1, math.inf),
+    shown = (("Training loss", "cross-entropy", "epoch", "loss", 1, math.inf),
              ("Clean accuracy, held-out images", "accuracy (%)", "val", "clean", 100, 100),
              ("Robust accuracy, held-out images", "accuracy (%)", "val", "robust", 100, 100))
     for title, ylabel, kind, field, unit, most in shown:
@@ -1538,14 +1539,14 @@ class Measured(NamedTuple):
     """What a report says of a network: accuracies (low, value, high) in percent, with 95% intervals."""
 
     title: str  # data and attack: of its panel
-    name: str  # all about the network but the seed of its training
+    name: str  # of network_name
     is_normal: bool  # known to be trained without an attack
     clean: tuple
     robust: tuple
 
 
 def network_name(report):
-    """A network's name without its seed: runs that differ only in it share a colour and a marker."""
+    """The network and the main flags of its training; runs that share them share colour and marker."""
     name = f"{report['arch']} {report['act']}"
     if report.get("act_alpha") is not None:
         name += f" alpha {report['act_alpha']:g}"
@@ -1883,7 +1884,7 @@ def surfaces(net, name, run, n):
 
 
 def landscape(args):
-    """The loss around the first image, each net a column: as a surface, and from above."""
+    """The loss around the first of the images, each net a column: as a surface, and from above."""
     check_picture(args)
     run = open_run(args, limit=20)
     nets = [(run.net, f"{run.arch} {run.act}, {args.weights or args.out}")]
@@ -2021,7 +2022,7 @@ def get_args(argv=None):
     c.add_argument("--batch-size", type=int, help="images of a step; default: 32 on a CPU, else 128")
     c.add_argument("--rounds", type=int, default=15, help="steps of each kind; the median is shown")
 
-    c = add_command(plan, "what a run would cost; takes train.py's flags, needs no data")
+    c = add_command(plan, "what a run would cost; takes train.py's flags, and needs no ImageNet")
     c.add_argument("--processes", type=int, default=8, help="devices that share a batch")
 
     c = add_command(landscape, "the loss around images, SAT Fig. 5")

@@ -175,7 +175,7 @@ def files_below(root):
 
 
 def gradient_picture(width=48, height=40):
-    """A smooth RGB picture, in which every pixel has a colour of its own."""
+    """A smooth RGB picture; up to 255 pixels a side, every pixel has a colour of its own."""
     row, column = np.mgrid[:height, :width]
     red = 255 * column // width
     green = 255 * row // height
@@ -1391,7 +1391,7 @@ def run_autoattack(model, x, y, eps=EPS, **more):
 
 
 class TestAutoAttack(AttackCase):
-    def test_each_attack_fools_all_images_of_a_linear_model_that_can_be_fooled_but_at_most_one(self):
+    def test_each_attack_misses_at_most_one_image_of_a_linear_model_that_can_be_fooled(self):
         # Cross-entropy raises all wrong classes at once: with two or more it may miss the nearest one
         for attack, classes in (("apgd-ce", 2), ("apgd-t", 10), ("fab-t", 10), ("square", 10)):
             net = linear(classes, scale=1e-3)
@@ -1434,7 +1434,7 @@ class TestAutoAttack(AttackCase):
                 self.assertTrue(claimed.any())
                 self.assertFalse(fooled.any())
 
-    def test_each_attack_fools_a_two_layer_net_wherever_brute_force_does_but_at_most_one(self):
+    def test_each_attack_agrees_with_brute_force_on_a_two_layer_net_but_for_at_most_one_image(self):
         torch.manual_seed(3)
         net = nn.Sequential(nn.Flatten(), nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
         net[1].weight.data *= 3
@@ -1554,8 +1554,30 @@ class TestAutoAttack(AttackCase):
             pictures.append(picture)
         self.assertEqual(pictures, [stripes, first_square, second_square])
 
-    def test_apgd_halves_its_step_at_the_published_checkpoints(self):
+    def test_apgds_checkpoints_are_the_published_ones(self):
         self.assertEqual(checkpoints(100), {22, 41, 57, 70, 80, 87, 93, 99})
+
+    def test_apgd_goes_back_to_its_best_iterate_with_half_the_step_at_each_checkpoint(self):
+        def model(x):
+            total = x.sum((1, 2, 3))
+            return torch.stack([total + 10, 0 * total], 1)
+
+        def never_rises(logits, y):
+            """Always 0, but with a slope: the start stays the best iterate."""
+            return logits[:, 0] - logits[:, 0].detach()
+
+        x = torch.full((1, 3, 4, 4), 0.5)
+        seen = Recorder(model)
+        apgd(seen, x, torch.tensor([0]), eps=0.1, index=torch.tensor([0]), loss=never_rises)
+        start = seen.calls[0]
+        step_size = 0.2  # 2 eps
+        for step in sorted(checkpoints(100)):
+            step_size /= 2
+            ascent = (start + step_size).clamp(max=0.6)
+            momentum = 0.25 * (start - seen.calls[step - 1])
+            expected = (start + 0.75 * (ascent - start) + momentum).clamp(0.4, 0.6)
+            with self.subTest(step=step):
+                self.assert_close(seen.calls[step + 1], expected, delta=1e-6)
 
     def test_the_squares_shrink_after_the_published_numbers_of_queries(self):
         def draw(seed, index, counter, shape):
@@ -1571,7 +1593,7 @@ class TestAutoAttack(AttackCase):
         for query, x_adv in enumerate(model.calls[1:]):
             side = (x_adv > 0.5).sum().sqrt().item()
             first_query.setdefault(side, query)
-        # The side is the root of 0.8 of 32 x 32 pixels, halved again and again
+        # The side is the root of the area: 0.8 of 32 x 32 pixels, then half of that, and so on
         self.assertEqual(first_query, {29: 0, 20: 11, 14: 51, 10: 201, 7: 501, 5: 1001, 4: 2001, 3: 4001,
                                        2: 6001, 1: 8001})
 
@@ -2597,8 +2619,8 @@ class TestTrainFlags(TemporaryFolder):
                 self.assertEqual(args, args | recipe)
 
     def test_the_learning_rate_follows_its_schedule(self):
-        # {epoch: the rate at its first step of 1,000}; half an epoch is one too. In the five epochs of
-        # warm-up a step counts itself: 0.4 * (0 + 0.001) / 5 = 8e-5
+        # {epoch: the rate at its first step of 1,000}; 2.5 is the middle of the third epoch. In the five
+        # epochs of warm-up the step itself counts already: 0.4 * (0 + 0.001) / 5 = 8e-5
         for text, rates in (
                 ("", {0: 8e-5, 2.5: 0.20008, 5: 0.4, 29: 0.4, 30: 0.04, 60: 0.004, 90: 0.0004}),
                 ("--epochs 200", {59.9: 0.4, 60: 0.04}),
@@ -2996,7 +3018,7 @@ class TestRunFolder(TrainCase):
             with self.subTest(survivor):
                 shutil.rmtree(self.out, ignore_errors=True)
                 self.out.mkdir()
-                for name in ("log.txt", "log.jsonl"):  # empty, as the command that is refused makes them
+                for name in ("log.txt", "log.jsonl"):  # the command that is refused makes them too
                     (self.out / name).touch()
                 for name in ("args.json", survivor):
                     shutil.copy(a_run() / name, self.out)
@@ -3068,10 +3090,14 @@ class TestRunFolder(TrainCase):
         self.assertEqual([path.name for path in self.out.glob("*.part")], [])
 
     def test_a_disk_that_is_full_from_the_start_leaves_nothing_that_a_later_run_refuses(self):
-        fill_the_disk(self, 100)
+        make_room = fill_the_disk(self, 100)
         _, code = self.train()
         assert_sentence(self, code, "cannot write .*args.json .*disk full.*same command")
-        self.assertEqual(set(files_below(self.out).values()), {b""})
+        self.assertEqual(set(files_below(self.out).values()), {b""})  # empty logs, which hold no run
+        make_room()
+        with before_step(0, 0, terminate):
+            _, code = self.train()
+        self.assertEqual(code, 75)  # it began
 
     def test_a_log_that_cannot_be_written_ends_with_one_sentence(self):
         self.out.mkdir()
@@ -3252,9 +3278,11 @@ class TestDivergence(TrainCase):
         flags = "--no-ema --early-stop --epochs 9 --val-every 1 --limit 64".split()
         with mock.patch("train.validate", side_effect=[(30, 25, 20), (30, 25, 13)]):
             self.train(*flags)
-        text, code = self.train(*flags, "--resume")
+        with mock.patch("train.validate", side_effect=AssertionError("it trains on")):
+            text, code = self.train(*flags, "--resume")
         self.assertIsNone(code)
-        self.assertIn("stopped early", text)
+        self.assertIn("stopped early: robust accuracy dropped from 66.7% to 43.3%", text)
+        self.assertEqual(load_file(self.out / "last.pt")["epoch"], 2)
 
 
 class TestInit(TrainCase):
@@ -3414,7 +3442,7 @@ class TestTwoRanks(TemporaryFolder):
 # evaluate
 
 def strict_counts(fooled, correct):
-    """The counts of a report, from `plain_verdicts`, in which one iterate that fools is enough."""
+    """The counts that a report should have, from `plain_verdicts`: one iterate that fools is enough."""
     robust_after = []
     for step in range(fooled.shape[1]):
         fooled_by_now = fooled[0, :step + 1].any(0)
@@ -3796,7 +3824,7 @@ class TestLedger(EvaluateCase):
         with mock.patch("evaluate.autoattack", square_wins):
             report, _ = self.measure("--attack autoattack --limit 20 --batch-size 8")
         warning, = report["warnings"]
-        self.assertIn("Square fooled 3 of 20", warning)
+        self.assertIn("of 20 images, Square fooled 3", warning)
 
 
 class TestIdentity(EvaluateCase):
@@ -4090,7 +4118,8 @@ def quantized(x):
 def trench(margin):
     """The margin, but of the other sign at 0.032 to 0.044 from the boundary.
 
-    From 0.05, PGD-1 lands near 0.026, beyond them. PGD-50, whose steps are 0.008, lands among them.
+    PGD-1, a random start and one step of eps clipped to the ball, moves 3/4 of 8/255 on average: from
+    0.05 it lands near 0.026, beyond that band. PGD-50, whose steps are 2/255 = 0.008, lands in it.
     """
     return margin * (1 - 3 * torch.exp(-(((margin.abs() - 0.038) / 0.006) ** 2)))
 
@@ -4362,6 +4391,8 @@ class TestCompare(TemporaryFolder):
         text, written = self.compare(self.folders("silu", (0, 1, 2)), self.folders("relu", (2, 1, 3, 0)))
         self.assertEqual(written["seeds"], [0, 1, 2])
         self.assertIn("seeds 3 are on one side only", text)
+        for row in written["comparisons"]:  # runs of one seed have the same verdicts here
+            self.assertEqual((row["only_new"], row["only_old"]), (0, 0))
 
     def robust_in_ledger(self, folder):
         """By a plain loop: is the image right on x and on every iterate? [N] bool."""
@@ -4477,16 +4508,24 @@ class TestCost(unittest.TestCase):
         reference = sanity.StepCost(attack_seconds=1.0, seconds=2.0, peak_bytes=0)
         self.assertEqual(sanity.ratio(row, reference), "1.50")
 
-    def test_a_timed_step_is_an_update_of_train(self):
+    def test_a_timed_step_attacks_and_updates_on_what_the_attack_returns(self):
         flags = train.get_args("--data shapes --device cpu --act relu".split())
         trainer = sanity.make_trainer(flags, 10, compiled=False, device=torch.device("cpu"))
         for group in trainer.optimizer.param_groups:
             group["lr"] = 0.1
         net = trainer.train_model
         before = net.fc.weight.clone()
-        with mock.patch("train.attack", wraps=train.attack) as attack:
+        x_adv = torch.rand(4, 3, 32, 32)
+        inputs = []
+
+        def look(module, arguments):
+            inputs.append(arguments[0])
+
+        net.register_forward_pre_hook(look)
+        with mock.patch("train.attack", return_value=x_adv) as attack:
             sanity.timed_step(trainer, torch.rand(4, 3, 32, 32), torch.arange(4))
         attack.assert_called_once()
+        self.assertIs(inputs[0], x_adv)
         self.assertFalse(torch.equal(net.fc.weight, before))
         self.assertIsNone(net.fc.weight.grad)
         self.assertTrue(net.training)
@@ -4574,9 +4613,12 @@ def write_json(path, content):
     return path
 
 
-def evaluation(act="silu", clean=900, robust=600, seed=0, steps=1, **more):
-    """A report as evaluate.py writes it, on 1,000 images, with what the pictures read."""
-    recipe = dict(seed=seed, steps=steps, eps=8, smooth_backward="none", epochs=10)
+def evaluation(act="silu", clean=900, robust=600, seed=0, train_steps=1, **more):
+    """A report as evaluate.py writes it, on 1,000 images, with what the pictures read.
+
+    seed and train_steps are those of the training; train_steps=0 is normal training.
+    """
+    recipe = dict(seed=seed, steps=train_steps, eps=8, smooth_backward="none", epochs=10)
     report = dict(weights=f"out/{act}-{seed}/model.pt", arch="resnet8", act=act, act_alpha=None, res=32,
                   data="shapes", attack="pgd", steps=50, eps=8, step_size=2, restarts=1, seed=0,
                   last_iterate=False, smooth_backward="none", dtype="fp32", n=1000, n_correct=clean,
@@ -4786,14 +4828,14 @@ class TestScatter(InAnEmptyFolder):
     def test_seeds_share_a_style_and_other_recipes_do_not(self):
         first = sanity.network_name(evaluation(seed=0))
         self.assertEqual(sanity.network_name(evaluation(seed=1)), first)
-        for name, other in (("act", evaluation(act="relu")), ("normal", evaluation(steps=0)),
+        for name, other in (("act", evaluation(act="relu")), ("normal", evaluation(train_steps=0)),
                             ("alpha", evaluation(act_alpha=2.0)), ("unknown", evaluation(train=None))):
             with self.subTest(name=name):
                 self.assertNotEqual(sanity.network_name(other), first)
 
     def test_a_report_is_a_marker_where_the_axes_say_and_a_normal_net_is_hollow(self):
         robust = write_json("robust.json", evaluation(clean=900, robust=600))
-        normal = write_json("normal.json", evaluation(clean=980, robust=0, steps=0))
+        normal = write_json("normal.json", evaluation(clean=980, robust=0, train_steps=0))
         with mock.patch.object(sanity, "axes", wraps=sanity.axes) as axes:
             run_sanity("scatter", robust, normal)
         _, box, xs, ys = axes.call_args.args[:4]
@@ -4812,7 +4854,8 @@ class TestScatter(InAnEmptyFolder):
 
     def test_the_paper_is_a_ring_in_each_panel_and_in_the_legend(self):
         report = write_json("report.json", evaluation())
-        other = write_json("other.json", evaluation(attack="autoattack", steps=None))
+        autoattack_report = evaluation(attack="autoattack", steps=None, step_size=None, restarts=None)
+        other = write_json("other.json", autoattack_report)
         paper = write_json("paper.json", [dict(name="SAT: SiLU", clean=69.7, robust=42.3)])
         with mock.patch.object(sanity, "draw_ring", wraps=sanity.draw_ring) as ring:
             run_sanity("scatter", report, other, "--paper", paper)

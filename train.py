@@ -59,7 +59,7 @@ RECIPES = {
     # SAT Sec. 3.1: 100 epochs, x0.1 at 30, 60 and 90, weight decay 1e-4, PGD-1 with eps 4 and step 4
     "imagenet": dict(arch="resnet50", act="silu", epochs=100, schedule="step", batch_size=1024, wd=1e-4,
                      eps=4, step_size=4, holdout=10000, val_every=1, log_every=50),
-    # SAT Sec. 7 names the attack only; the schedule is from Wong et al. 2020 (arXiv:2001.03994), longer
+    # SAT Sec. 7 names network and attack; the schedule is Wong et al. 2020's (arXiv:2001.03994), longer
     "cifar10": dict(arch="resnet18", act="silu", epochs=30, schedule="onecycle", batch_size=128, lr=0.2,
                     wd=5e-4, eps=8, step_size=8, holdout=1000, val_every=1, log_every=50),
     "shapes": dict(arch="resnet8", act="silu", epochs=8, schedule="onecycle", batch_size=64, lr=0.1,
@@ -118,7 +118,8 @@ def get_args(argv=None):
     p.add_argument("--smooth-backward", default="none", help="Table 1: who gets a smooth gradient",
                    choices=["none", "attacker", "optimizer", "both"])
     p.add_argument("--dropout", type=float, help="rate; default: 0, with --enhanced the network's own")
-    p.add_argument("--stochastic-depth", type=float, default=0.0, help="of EfficientNet's last block")
+    p.add_argument("--stochastic-depth", type=float, default=0.0,
+                   help="the rate towards which EfficientNet's blocks rise")
     p.add_argument("--bn-eps", type=float, default=1e-5, help="BatchNorm's; torchvision b5-b7: 1e-3")
     p.add_argument("--res", type=int, help="pixels; default: the network's own, cifar10 and shapes 32")
     # optimization
@@ -580,7 +581,7 @@ def main():
     net.to(device, memory_format=layout)
 
     # The run's folder: a checkpoint to go on from, weights to start from, or neither. No run overwrites
-    # another's files; an empty one was left by a run that never began
+    # another's files; empty ones hold no run
     existing = [name for name in RUN_FILES if (out / name).exists() and (out / name).stat().st_size > 0]
     need(not existing or args.resume or rank > 0,
          f"{out} holds a run ({', '.join(existing)}); go on with --resume, or in another --out")
@@ -619,9 +620,9 @@ def main():
     # Two views over one storage, the attacker's and the optimizer's; from here on nothing may move it.
     # The attacker's is in eval mode, outside DDP, and frozen: even compiled, its backward pass computes
     # no weight gradient, and an attack step costs 2 forwards instead of 3
-    #     net       as the optimizer sees it        -> train_model   compiled, in DDP
-    #     view      the same as the attacker's      -> attack_model  compiled, in --dtype
-    #     kept_net  net, or with --ema its average  -> val_model     a view of it in --dtype
+    #     net       the network, as the optimizer sees it      -> train_model   compiled, in DDP
+    #     view      the same network, as the attacker sees it  -> attack_model  compiled, in --dtype
+    #     kept_net  net, or with --ema its average             -> val_model     a view of it in --dtype
     view = attacker_view(net, smooth_backward=args.smooth_backward in ("attacker", "both"))
     attack_model = view
     train_model = net.train()
@@ -705,7 +706,7 @@ def main():
                 "best": best, "best_epoch": best_epoch, "ended": ended,
             }, previous=out / "last.prev.pt")
 
-    # The loop. Everything up to here can be repeated; what follows changes weights and files
+    # The loop. Up to here a run can only be started anew; from here on there are checkpoints
     lr = args.lr
     if not state:
         save()  # from here on there is something to go on from
