@@ -1,9 +1,10 @@
 """
 The adversary: L-infinity attacks as pure functions on pixels.
 
-`model` is any callable from images (N, C, H, W) in [0, 1] to logits (N, K). If it is an nn.Module,
-`pgd`, `pgd_search` and `autoattack` refuse it in train mode. No attack switches that mode or computes a
-gradient of the weights. None touches torch's random state, except `pgd` where it is given no `noise`.
+`model` is any callable from images (N, C, H, W) in [0, 1] to logits (N, K). If it is an nn.Module in
+train mode, `pgd` (unless check=False), `pgd_search` and `autoattack` refuse it. No attack switches that
+mode or computes a gradient of the weights. None touches torch's random state, except `pgd` without
+`noise`.
 
 The three to start from: to train, to measure, and to measure with a stronger attack. `index`, (N,)
 int64, is each image's place in the data set: its random numbers depend on that, not on the batch.
@@ -25,11 +26,11 @@ import torch.nn.functional as F
 from torch import nn
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack is these, in this order
-# Who draws random numbers: the first part of `uniform`'s counter, so that no two attacks get the same
+# Each attack calls `uniform` with its own one of these, so that no two draw the same numbers
 START, APGD, SQUARE = 0, 1, 2
-# As in SAT's code, so that small float16 gradients do not become 0. A power of two rounds nothing
+# As in SAT's code, so that small float16 gradients do not become 0. To scale by a power of two is exact
 LOSS_SCALE = 2.0**7
-# The numbers, from 0, of the squares after which the area is halved (AA)
+# Square counts its squares from 0, and halves their area after each of these (AA)
 SQUARE_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
@@ -56,10 +57,13 @@ def uniform(seed, index, counter, shape):
         counter = (counter,)
     key = mix(torch.full_like(index, seed))
     for word in (index, *counter):
-        key = mix(key * 3 + word + 1)  # mixed after each word, so that their order matters
+        # Mixed after each word, so that their order matters; + 1, since mix(0) is 0; 3 could be any odd
+        # number
+        key = mix(key * 3 + word + 1)
     n_numbers = torch.Size(shape).numel()
+    # SplitMix64 from the image's key: its k-th state is key + k * 0x9E3779B97F4A7C15, here signed
     z = torch.arange(1, n_numbers + 1, device=index.device)
-    z = z * -0x61C8864680B583EB + key[:, None]  # 0x9E3779B97F4A7C15: its increments, a stream per image
+    z = z * -0x61C8864680B583EB + key[:, None]
     bits = (mix(z) >> 40) & 0xFFFFFF  # the upper 24: as many as a float32 holds
     return bits.float().mul_(2.0**-24).view(-1, *shape)
 
@@ -258,7 +262,8 @@ def pgd_search(model, x, y, eps, step_size, steps, index, restarts=1, seed=0, ve
                last_iterate=False, progress=None):
     """PGD that asks at every iterate, the start too, whether it fools the model -> x_adv, report.
 
-    x_adv is the iterate that fools, or x. Images that are wrong on x are not attacked. report is a dict:
+    x_adv is the iterate that fools, or x. Images that are wrong on x are not attacked, except with
+    last_iterate. report is a dict:
       clean          (N,) int64: the class of x, -1 for NaN
       restart, step  (N,) int64: where the first iterate that fools was found, -1 where none was
       robust         (N,) bool
@@ -376,10 +381,10 @@ def apgd(model, x, y, eps, index, seed=0, target=None, loss=cross_entropy, resta
     rest.x_best = rest.x_adv
     rest.grad_best = torch.zeros_like(x)
     worst = x.new_full((len(x),), -torch.inf)
-    rest.loss = torch.full_like(worst, torch.inf)  # the first iterate is no step up
+    rest.loss = torch.full_like(worst, torch.inf)  # so that the first iterate is no step up
     rest.loss_best = worst
     rest.loss_checked = worst  # loss_best at the last checkpoint
-    rest.n_up = torch.zeros_like(y)  # steps since then that went up
+    rest.n_up = torch.zeros_like(y)  # steps up since the last checkpoint
     # Whether the last checkpoint halved the step; True before the first, which then is never "stuck"
     rest.halved = torch.ones_like(y, dtype=torch.bool)
     rest.step_size = torch.full_like(worst, 2 * eps)
@@ -430,10 +435,11 @@ def apgd(model, x, y, eps, index, seed=0, target=None, loss=cross_entropy, resta
 def to_hyperplane(x, w, gap, iterations=6):
     """The smallest L-inf step inside the box that raises <w, x> by gap, (N,) -> as x (FAB).
 
-    Every pixel moves by `reach`, or less where the box stops it. As reach grows, <w, step> grows ever
-    more slowly (it is concave), so Newton's method from 0 never overshoots the reach that gives gap. FAB
-    finds the same reach by sorting the pixels. In our trials six iterations were exact in float32. Where
-    no point of the box gains as much as gap, the step goes towards the corner that gains most.
+    Every pixel moves by `reach`, or less where the box stops it. The more reach, the fewer pixels still
+    move, so |<w, step>| is concave in reach. Newton's method solves |<w, step>| = |gap| for reach, and
+    from 0 it never overshoots. FAB finds the same reach by sorting the pixels. In our trials six
+    iterations were exact in float32. Where no point of the box gains as much as gap, the step goes
+    towards the corner that gains most.
     """
     gap = gap.nan_to_num(0, 0, 0)  # logits that are not finite define no plane
     direction = w.sign() * per_image(gap.sign())
@@ -563,7 +569,7 @@ def blind_spots(logits, again, grad):
     again = again[finite]
 
     drift = (again - logits).abs().amax(1) / logits.abs().amax(1).clamp(min=1e-12)
-    drift = drift.nan_to_num(torch.inf)
+    drift = drift.nan_to_num(torch.inf, torch.inf)
     if (drift > 1e-4).any():
         warnings.append(f"random logits: they change by up to {drift.max():.1%} between two calls on "
                         "one image; gradients need averaging over calls, and a verdict is one draw")
@@ -701,6 +707,6 @@ def autoattack(model, x, y, eps, index, seed=0, verify=None, attacks=STANDARD, p
         spent[name] = dict(seconds=time.perf_counter() - began,
                            forwards=int(forwards.sum()) - forwards_before, fooled=fooled_by.count(name))
 
-    n_fooled = {name: spent[name]["fooled"] for name in spent}
+    n_fooled = {name: spent[name]["fooled"] for name in spent if n_attempts.get(name) != 0}
     warnings += masked_gradients(len(y), n_fooled)
     return x_adv, report

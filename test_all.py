@@ -1690,6 +1690,13 @@ class TestAutoAttack(AttackCase):
             with self.subTest(reason, model=model.__name__):
                 self.assertIn(reason, reasons)
 
+    def test_square_is_not_compared_with_an_attack_that_was_skipped(self):
+        net = linear(2, scale=1e-3)
+        x, y = images_of(net, 120)
+        fooled, _, report = run_autoattack(net, x, y, attacks=("apgd-t", "square"), queries=50)
+        self.assertTrue(fooled.any())
+        self.assertNotIn("masked gradients", " ".join(report["warnings"]))
+
     def test_logits_that_are_nan_only_in_the_second_call_are_called_random(self):
         net = linear()
         x, y = images_of(net)
