@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack is these, in this order
-# Each attack calls `uniform` with its own one of these, so that no two draw the same numbers
+# Each search calls `uniform` with a number of its own, so that no two draw the same
 START, APGD, SQUARE = 0, 1, 2
 # As in SAT's code, so that small float16 gradients do not become 0. To scale by a power of two is exact
 LOSS_SCALE = 2.0**7
@@ -37,7 +37,7 @@ SQUARE_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 # Randomness belongs to the image, not to the batch
 
 def mix(z):
-    """SplitMix64's finalizer (Steele et al. 2014) on int64, in place: a bijection, all bits matter."""
+    """SplitMix64's finalizer (Steele et al. 2014) on int64, in place: a bijection that mixes all bits."""
     z ^= (z >> 30) & 0x3FFFFFFFF  # torch shifts arithmetically: the mask makes it logical
     z *= -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9 as a signed number
     z ^= (z >> 27) & 0x1FFFFFFFFF
@@ -57,8 +57,8 @@ def uniform(seed, index, counter, shape):
         counter = (counter,)
     key = mix(torch.full_like(index, seed))
     for word in (index, *counter):
-        # Mixed after each word, so that their order matters; + 1, since mix(0) is 0; 3 could be any odd
-        # number
+        # Mixed after each word, so that their order matters; + 1, since zeros would leave key 0 at 0. The
+        # 3 is arbitrary, but another number would change every draw
         key = mix(key * 3 + word + 1)
     n_numbers = torch.Size(shape).numel()
     # SplitMix64 from the image's key: its k-th state is key + k * 0x9E3779B97F4A7C15, here signed
@@ -435,11 +435,11 @@ def apgd(model, x, y, eps, index, seed=0, target=None, loss=cross_entropy, resta
 def to_hyperplane(x, w, gap, iterations=6):
     """The smallest L-inf step inside the box that raises <w, x> by gap, (N,) -> as x (FAB).
 
-    Every pixel moves by `reach`, or less where the box stops it. The more reach, the fewer pixels still
-    move, so |<w, step>| is concave in reach. Newton's method solves |<w, step>| = |gap| for reach, and
-    from 0 it never overshoots. FAB finds the same reach by sorting the pixels. In our trials six
-    iterations were exact in float32. Where no point of the box gains as much as gap, the step goes
-    towards the corner that gains most.
+    Every pixel moves by `reach`, or less where the box stops it. As reach grows, the box stops more and
+    more pixels, so |<w, step>| grows ever more slowly: it is concave. Newton's method solves |<w, step>|
+    = |gap| for reach, and from 0 it never overshoots. FAB finds the same reach by sorting the pixels. In
+    our trials six iterations were exact in float32. Where no point of the box gains as much as gap, the
+    step goes towards the corner that gains most.
     """
     gap = gap.nan_to_num(0, 0, 0)  # logits that are not finite define no plane
     direction = w.sign() * per_image(gap.sign())
@@ -707,6 +707,7 @@ def autoattack(model, x, y, eps, index, seed=0, verify=None, attacks=STANDARD, p
         spent[name] = dict(seconds=time.perf_counter() - began,
                            forwards=int(forwards.sum()) - forwards_before, fooled=fooled_by.count(name))
 
-    n_fooled = {name: spent[name]["fooled"] for name in spent if n_attempts.get(name) != 0}
+    # Only the attacks that ran: apgd-t may have been skipped
+    n_fooled = {name: spent[name]["fooled"] for name in attacks if n_attempts[name] > 0}
     warnings += masked_gradients(len(y), n_fooled)
     return x_adv, report
