@@ -37,7 +37,7 @@ SQUARE_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 # Randomness belongs to the image, not to the batch
 
 def mix(z):
-    """SplitMix64's finalizer (Steele et al. 2014) on int64, in place: a bijection that mixes all bits."""
+    """SplitMix64's finalizer (Steele et al. 2014) on int64, in place: a bijection mixing all bits."""
     z ^= (z >> 30) & 0x3FFFFFFFF  # torch shifts arithmetically: the mask makes it logical
     z *= -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9 as a signed number
     z ^= (z >> 27) & 0x1FFFFFFFFF
@@ -57,8 +57,8 @@ def uniform(seed, index, counter, shape):
         counter = (counter,)
     key = mix(torch.full_like(index, seed))
     for word in (index, *counter):
-        # Mixed after each word, so that their order matters; + 1, since zeros would leave key 0 at 0. The
-        # 3 is arbitrary, but another number would change every draw
+        # Mixed after each word, so that their order matters; + 1, since zeros would leave key 0 at 0.
+        # The 3 is arbitrary, but another number would change every draw
         key = mix(key * 3 + word + 1)
     n_numbers = torch.Size(shape).numel()
     # SplitMix64 from the image's key: its k-th state is key + k * 0x9E3779B97F4A7C15, here signed
