@@ -1399,7 +1399,9 @@ def derivatives(act, x):
     x = x.clone().requires_grad_()
     y = act.double()(x)
     slope, = torch.autograd.grad(y.sum(), x, create_graph=True)
-    curvature, = torch.autograd.grad(slope.sum(), x)
+    curvature = torch.zeros_like(x)
+    if slope.requires_grad:  # not that of torch.where or clamp: it is constant between kinks
+        curvature, = torch.autograd.grad(slope.sum(), x)
     return y.detach(), slope.detach(), curvature
 
 

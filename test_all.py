@@ -4748,6 +4748,14 @@ def product_of_sines(x):
     return x.sin() * x.cos()
 
 
+def positive_part(x):
+    return x.clamp(min=0)
+
+
+def leaky(x):
+    return torch.where(x > 0, x, 0.1 * x)
+
+
 class TestActivationsPicture(InAnEmptyFolder):
     def test_the_class_of_a_curve_its_jump_and_its_largest_curvature(self):
         for name, alpha, kind, jump, curvature in (
@@ -4763,6 +4771,12 @@ class TestActivationsPicture(InAnEmptyFolder):
                 self.assertEqual(found_kind, kind)
                 self.assertAlmostEqual(found_jump, jump, places=4)
                 np.testing.assert_allclose(found_curvature, curvature, rtol=1e-3)
+
+    def test_a_curve_of_straight_pieces_has_a_class_too(self):
+        for name, curve in (("clamp", positive_part), ("where", leaky)):
+            with self.subTest(name):
+                kind, _, curvature = sanity.smoothness(AsModule(curve))
+                self.assertEqual((kind, curvature), ("C0", math.inf))
 
     def test_bytes_saved_are_those_that_autograd_keeps_for_each_element(self):
         x = torch.randn(1000, requires_grad=True)

@@ -706,10 +706,10 @@ def main():
                 "best": best, "best_epoch": best_epoch, "ended": ended,
             }, previous=out / "last.prev.pt")
 
-    # The loop. Up to here a run can only be started anew; from here on there are checkpoints
+    # The loop. From here on there is always a checkpoint to go on from
     lr = args.lr
     if not state:
-        save()  # from here on there is something to go on from
+        save()
     size = sum(p.numel() for p in net.parameters()) / 1e6
     log(f"{args.arch} {args.act}, {size:.2f}M parameters; {args.data}, {len(members)} images, "
         f"{len(held_out)} held out; {n_steps} steps of {min(args.batch_size, len(members))}; "
