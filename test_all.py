@@ -6,6 +6,7 @@ $ python -m unittest test_all.TestModels
 
 "The paper", Sec., Table and Fig. are those of Smooth Adversarial Training (SAT), arXiv:2006.14536.
 """
+import argparse
 import contextlib
 import importlib
 import io
@@ -43,6 +44,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 import data
 import evaluate
+import models
 import sanity
 import train
 from activations import ACTIVATIONS, SmoothReLU, make_act
@@ -50,11 +52,15 @@ from attacks import (SQUARE, STANDARD, apgd, autoattack, ball, checkpoints, cros
                      input_gradient, masked_gradients, pgd, pgd_search, predict, random_start,
                      search_gradient, square, to_hyperplane, uniform)
 from models import (MEAN, MODELS, STD, attacker_view, build, in_precision, load_file, load_weights,
-                    precision, set_numerics, shares_storage, weights_hash)
+                    on_device, precision, set_numerics, shares_storage, weights_hash)
 
 ROOT = Path(__file__).resolve().parent
 MODULES = ("activations", "models", "attacks", "data", "train", "evaluate", "sanity")
 
+# The claims are about the CPU, whatever the machine has; `python test_all.py gpu` is about its GPU
+ON_GPU = "gpu" in sys.argv[1:]
+if not ON_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # One thread, here and in every process that a test starts: bits are compared between processes
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
@@ -2632,44 +2638,50 @@ class TestTrainFlags(TemporaryFolder):
                 ("", {0: 8e-5, 2.5: 0.20008, 5: 0.4, 29: 0.4, 30: 0.04, 60: 0.004, 90: 0.0004}),
                 ("--epochs 200", {59.9: 0.4, 60: 0.04}),
                 ("--lr 3 --warmup-epochs 0", {0: 3, 29.9: 3, 30: 0.3}),
-                ("--data cifar10", {6: 0.1, 12: 0.2, 21: 0.1, 30: 0})):  # one cycle
+                ("--data cifar10", {3: 0.1, 6: 0.2, 10.5: 0.1, 15: 0})):  # one cycle
             for epoch, lr in rates.items():
                 with self.subTest(text, epoch=epoch):
                     self.assertAlmostEqual(train.lr_at(flags_of(text), epoch, 0, 1000), lr, 4)
 
-    def test_numbers_that_are_not_finite_or_out_of_range_are_refused(self):
-        for name, (least, most) in train.RANGES.items():
-            for value in (math.nan, math.inf, -math.inf, -1e-9, -1, least - 1, 2 * most + 1, 10**30):
+    def test_numbers_that_are_not_finite_or_make_no_sense_are_refused(self):
+        numbers = {name: value for name, value in vars(flags_of("--limit 9 --act-alpha 1")).items()
+                   if isinstance(value, (int, float)) and not isinstance(value, bool)}
+        self.assertGreater(len(numbers), 20)
+        for name in numbers:
+            for value in (math.nan, math.inf, -1e-9, -1):
                 with self.subTest(name, value=value):
-                    words = train.flag(name) + " .* out of range"
                     args = SimpleNamespace(**{name: value})
-                    refuses(self, SystemExit, words, train.check_ranges, args)
+                    refuses(self, SystemExit, train.flag(name) + " .*use ", train.check_numbers, args)
+        for name in ("epochs", "lr", "batch_size", "log_every", "res", "bn_eps"):
+            with self.subTest(name, value=0):
+                args = SimpleNamespace(**{name: 0})
+                refuses(self, SystemExit, "use more than 0", train.check_numbers, args)
 
-    def test_numbers_at_the_ends_of_their_ranges_are_accepted(self):
-        for name, ends in train.RANGES.items():
-            for value in (*ends, None):
-                with self.subTest(name, value=value):
-                    train.check_ranges(SimpleNamespace(**{name: value}))
-
-    def test_every_flag_with_a_number_has_a_range(self):
-        none_by_default = "--act-alpha 1 --limit 1 --workers 1"
-        for name, value in vars(flags_of(none_by_default)).items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                self.assertIn(name, train.RANGES)
+    def test_a_radius_is_taken_in_255ths_however_it_is_written(self):
+        for text in ("8", "8/255", "8.0"):
+            self.assertEqual(train.in_255(text), 8)
+        for text in ("8/256", "1/32"):
+            with self.assertRaisesRegex(argparse.ArgumentTypeError, "not in 1/255"):
+                train.in_255(text)
+        text, _ = quietly(partial(train.check_numbers, flags_of("--eps 0.03")))
+        self.assertIn("--eps 0.03 means 0.03/255", text)
 
     def test_wrong_flags_get_one_sentence_and_leave_no_run(self):
         for text, words in (
                 ("--eps nan", "--eps nan is out of range"),
                 ("--step-size 0", "--step-size 0 is no attack"),
+                ("--dropout 1.1", "--dropout 1.1 is no share"),
+                ("--limit 13 --batch-size 64 --accum 8", "13 images .* parts of less than two"),
+                ("--batch-size 1", "a batch of 1 images .* parts of less than two"),
                 ("--batch-size 10 --accum 3", "use 9 or 12"),
                 ("--early-stop --holdout 0", "--early-stop needs held-out images; use --holdout"),
+                ("--mean 1 2 nan", "mean"),
                 ("--early-stop --limit 9", "--early-stop needs held-out images, .* a tenth of 9"),
                 ("--stochastic-depth 0.2", "EfficientNet"),
                 ("--act-alpha 2 --act silu", "silu has no alpha"),
                 ("--smooth-backward both --act silu", "use --act relu"),
                 ("--compile --dtype bf16 --device cpu", "use --dtype fp32 or --no-compile"),
                 ("--device tpu", "--device tpu"),
-                ("--device mps", "--device mps"),
                 ("--data imagenet --res 32 --data-dir nowhere", "under nowhere"),
                 ("--download", "cifar10"),
                 ("--init nowhere.pt", "no file nowhere.pt")):
@@ -2691,9 +2703,12 @@ class TestTrainFlags(TemporaryFolder):
                 with self.assertRaisesRegex(SystemExit, "stopped before the first step"):
                     runpy.run_path(train.__file__, run_name="__main__")
 
-    def test_torchruns_variables_have_to_be_numbers(self):
-        with mock.patch.dict(os.environ, RANK="x"):
-            refuses(self, SystemExit, "RANK=x", train.open_device, "cpu")
+    def test_compiling_without_a_compiler_is_refused_before_there_is_a_folder(self):
+        with mock.patch("shutil.which", return_value=None):
+            flags = "--data shapes --compile --dtype fp32 --out".split()
+            _, sentence = quietly(train.main, *flags, self.root / "run")
+        assert_sentence(self, sentence, "needs a C.. compiler.*--no-compile")
+        self.assertFalse((self.root / "run").exists())
 
 
 class TestTrainPieces(unittest.TestCase):
@@ -2702,14 +2717,72 @@ class TestTrainPieces(unittest.TestCase):
     def setUp(self):
         torch.manual_seed(0)
 
-    def test_weights_decay_but_norms_biases_and_alphas_do_not(self):
+    def test_weights_decay_or_all_parameters_but_never_an_alpha(self):
         net = build("efficientnet_b0", "smoothrelu")
-        decayed, others = train.parameter_groups(net, 1e-4)
-        self.assertEqual((decayed["weight_decay"], others["weight_decay"]), (1e-4, 0))
-        self.assertEqual({p.ndim for p in decayed["params"]}, {2, 4})
-        self.assertEqual({p.ndim for p in others["params"]}, {0, 1})  # 0: SmoothReLU's alpha
-        n = len(decayed["params"]) + len(others["params"])
-        self.assertEqual(n, len(list(net.parameters())))
+        for decay, decayed_ndims, other_ndims in (("weights", {2, 4}, {0, 1}), ("all", {1, 2, 4}, {0})):
+            with self.subTest(decay):
+                decayed, others = train.parameter_groups(net, 1e-4, decay)
+                self.assertEqual((decayed["weight_decay"], others["weight_decay"]), (1e-4, 0))
+                self.assertEqual({p.ndim for p in decayed["params"]}, decayed_ndims)
+                self.assertEqual({p.ndim for p in others["params"]}, other_ndims)  # 0: SmoothReLU's alpha
+                n = len(decayed["params"]) + len(others["params"])
+                self.assertEqual(n, len(list(net.parameters())))
+
+    def test_each_recipe_has_its_initial_weights_and_its_decay(self):
+        for name, initial, decay in (("imagenet", "sat", "weights"), ("cifar10", "torch", "all")):
+            with self.subTest(name):
+                args = flags_of(f"--data {name}")
+                self.assertEqual((args.initial, args.decay), (initial, decay))
+                torch.manual_seed(0)
+                state = train.network(args, 10).state_dict()
+                torch.manual_seed(0)
+                expected = build(args.arch, args.act, 10, small_input=name == "cifar10", initial=initial)
+                for key, tensor in expected.state_dict().items():
+                    self.assertTrue(torch.equal(state[key], tensor), key)
+
+    def test_one_update_is_a_plain_loop(self):
+        args = flags_of("--data shapes --act relu --lr 0.1 --wd 0.01 --decay all --steps 2")
+        device = torch.device("cpu")
+        x = torch.rand(8, 3, 32, 32)
+        y = torch.arange(8)
+        net = small()
+        optimizer, scaler = train.make_optimizer(args, net, device)
+        attack_model, train_model, _ = train.make_views(net, args, device)
+        torch.manual_seed(5)
+        sums = train.update(args, attack_model, train_model, optimizer, scaler, x, y)
+
+        plain = small().eval()
+        torch.manual_seed(5)
+        noise = torch.empty_like(x).uniform_(-8 / 255, 8 / 255)
+        x_adv = pgd(plain, x, y, eps=8 / 255, step_size=8 / 255, steps=2, noise=noise)
+        loss = F.cross_entropy(plain.train()(x_adv), y)
+        loss.backward()
+        torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9, weight_decay=0.01).step()
+        self.assertAlmostEqual(sums[0].item() / 8, loss.item(), 5)
+        for name, tensor in plain.state_dict().items():
+            self.assertTrue(torch.equal(net.state_dict()[name], tensor), name)
+
+    def test_a_compiler_that_is_wrong_is_caught_and_one_that_is_right_is_not(self):
+        args = flags_of("--data shapes --act silu")
+        net = small(act="silu")
+        view = train.attack_view(net, args)
+        x = torch.rand(12, 3, 32, 32)
+        y = torch.arange(12) % 10
+        before = traces(net)
+        train.check_compiled(args, net, view, x, y)
+        self.assertEqual(traces(net), before)  # nothing of the run moves
+        only_one = torch.ones(12, 1)
+        only_one[5] = 0
+        for name, factor in (("zero", 0), ("NaN", math.nan), ("zero for one image", only_one),
+                             ("of the wrong sign", -1)):
+            def model(x):
+                logits = view(x)
+                logits.register_hook(partial(torch.mul, factor))
+                return logits
+
+            with self.subTest(name):
+                refuses(self, SystemExit, "gradient is wrong .*--no-compile", train.check_compiled, args, net,
+                        model, x, y)
 
     def test_the_attack_starts_uniformly_by_torchs_generator_and_is_pgd(self):
         view = attacker_view(small(act="silu"))
@@ -2785,23 +2858,11 @@ class TestTrainPieces(unittest.TestCase):
                 self.assertTrue(stop_asked.is_set())
                 self.assertEqual(signal.getsignal(signal.SIGINT), signal.SIG_DFL)
 
-    def test_a_change_in_the_data_of_a_run_is_named(self):
-        args = flags_of("--data shapes")
-        facts = dict(n_images=120, classes=["cat", "dog"], names="12ab")
-        saved = {**vars(args), **facts, "unknown": 1}
-        self.assertEqual(train.differences(saved, args, facts), [])
-        for change, words in ((dict(n_images=119), r"120 images in its data \(now 119\)"),
-                              (dict(classes=["cat", "fox"]), "other classes"),
-                              (dict(names="34cd"), "other file names or other labels")):
-            with self.subTest(**change):
-                clause, = train.differences(saved, args, facts | change)
-                self.assertRegex(clause, words)
-
-    def test_a_changed_flag_is_named_with_both_values_but_free_ones_may_change(self):
-        facts = dict(n_images=120, classes=["cat"], names="12ab")
-        saved = {**vars(flags_of("--data shapes")), **facts}
-        changed = flags_of("--data shapes --wd 4 --workers 3 --out other --resume --log-every 7")
-        self.assertEqual(train.differences(saved, changed, facts), ["--wd 0.0005 (now 4.0)"])
+    def test_a_flag_that_contradicts_a_run_is_named_with_both_values(self):
+        saved = dict(act="silu", lr=0.1)
+        self.assertEqual(train.contradictions(saved, dict(act="silu", lr=None)), [])
+        self.assertEqual(train.contradictions(saved, dict(act="relu", lr=0.2)),
+                         ["--act silu (here relu)", "--lr 0.1 (here 0.2)"])
 
 
 class OneLayer(nn.Module):
@@ -3003,14 +3064,36 @@ class TestRunFolder(TrainCase):
 
     def test_resume_with_other_flags_names_them_and_is_refused(self):
         self.copy_of_a_run()
-        words = r"has --wd 0.0005 \(now 4.0\); use its flags"
+        words = r"has --wd 0.0005 \(here 4.0\); --resume needs only --out"
         self.assert_refused_and_untouched(words, "--resume", "--wd", 4, "--log-every", 5)
 
     def test_resume_with_other_data_is_refused(self):
+        for name, value, words in (("names", "other", "other file names"),
+                                   ("n_images", 5, "another number of images"),
+                                   ("classes", ["cat"], "other classes")):
+            with self.subTest(name):
+                shutil.rmtree(self.out, ignore_errors=True)
+                self.copy_of_a_run()
+                saved = json.loads((self.out / "args.json").read_text())
+                (self.out / "args.json").write_text(json.dumps(saved | {name: value}))
+                self.assert_refused_and_untouched(words, "--resume")
+
+    def test_resume_needs_no_flag_but_the_folder(self):
+        with before_step(1, 1, terminate):
+            text, _ = self.train("--limit", "64")
+        command = shlex.split(text.splitlines()[-1].partition("go on with ")[2])
+        self.assertEqual(command[:2], ["python", "train.py"])
+        text, code = quietly(train.main, *command[2:])
+        self.assertIsNone(code)
+        self.assertIn("going on at epoch 2, step 2", text)
+        whole = self.root / "whole"
+        self.train("--limit", "64", out=whole)
+        self.assert_same_weights(load_file(self.out / "model.pt"), load_file(whole / "model.pt"))
+
+    def test_a_finished_run_is_not_made_longer(self):
         self.copy_of_a_run()
-        saved = json.loads((self.out / "args.json").read_text())
-        (self.out / "args.json").write_text(json.dumps(saved | {"names": "other"}))
-        self.assert_refused_and_untouched("other file names or other labels", "--resume")
+        words = r"has --epochs 3 \(here 5\).*--init .*model.pt and another --out"
+        self.assert_refused_and_untouched(words, "--resume", "--epochs", 5)
 
     def test_resuming_a_finished_run_changes_nothing_but_log_txt(self):
         self.copy_of_a_run()
@@ -3091,10 +3174,10 @@ class TestRunFolder(TrainCase):
             fill_the_disk(self, 100_000)  # a log fits, a checkpoint does not
 
         with before_step(1, 1, fill):
-            _, code = self.train(*"--limit 64 --holdout 0".split())
+            _, code = self.train(*"--limit 64 --holdout 0 --save-every 0".split())
         assert_sentence(self, code, "cannot write .*last.pt .*disk full.*--resume")
         self.assertEqual(load_file(self.out / "last.pt")["epoch"], 1)
-        self.assertEqual([path.name for path in self.out.glob("*.part")], [])
+        self.assertEqual(set(files_below(self.out)) - set(train.RUN_FILES), set())
 
     def test_a_disk_that_is_full_from_the_start_leaves_nothing_that_a_later_run_refuses(self):
         make_room = fill_the_disk(self, 100)
@@ -3109,9 +3192,9 @@ class TestRunFolder(TrainCase):
     def test_a_log_that_cannot_be_written_ends_with_one_sentence(self):
         self.out.mkdir()
         (self.out / "log.txt").symlink_to("/dev/full")
-        log = train.Log(self.out, 0)
+        run = train.Run(SimpleNamespace(out=self.out, resume=False), rank=0)
         with contextlib.redirect_stdout(io.StringIO()):
-            refuses(self, SystemExit, "cannot write the log .*disk full", log, "a line")
+            refuses(self, SystemExit, "cannot write the log .*disk full", run.log, "a line")
 
 
 class TestResume(TrainCase):
@@ -3123,7 +3206,7 @@ class TestResume(TrainCase):
         expected_state = load_file(expected / "last.pt")
         self.assert_same_weights(state["model"], expected_state["model"])
         self.assertEqual(state["n_updates"], expected_state["n_updates"])
-        if expected_state["ema"] is not None:
+        if "ema" in expected_state:
             self.assert_same_weights(state["ema"], expected_state["ema"])
         for kind, name in (("epoch", "loss"), ("epoch", "error"), ("val", "clean"), ("val", "robust")):
             # A kill between an epoch's line and the save that follows lets it be logged twice: its last
@@ -3146,7 +3229,7 @@ class TestResume(TrainCase):
             text, code = self.train("--resume", "--save-every", "0.002")
         self.assertEqual(code, 75, f"killed after {killed_at} steps: {text}")  # 75: go on with --resume
         self.assertRegex(text, r"going on at epoch \d, step \d")
-        self.assertIn("stopped at epoch 3, step 21; go on with --resume", text)
+        self.assertIn("stopped at epoch 3, step 21; go on with python train.py --resume", text)
         text, code = self.train("--resume")
         self.assertIsNone(code)
         self.assertIn("going on at epoch 3, step 21", text)
@@ -3166,13 +3249,14 @@ class TestResume(TrainCase):
             self.train("--save-every", "0")
         self.assertEqual(load_file(self.out / "last.pt")["step"], 3)
 
-    def test_an_epoch_is_saved_before_it_is_validated(self):
+    def test_a_run_killed_while_it_validates_goes_on_with_the_validation(self):
+        flags = "--limit 64 --val-every 1 --save-every 0".split()
         with mock.patch("train.validate", side_effect=SystemExit("cannot read a held-out image")):
-            _, code = self.train("--limit", "64", "--val-every", "1")
+            _, code = self.train(*flags)
         self.assertEqual(code, "cannot read a held-out image")
         state = load_file(self.out / "last.pt")
         self.assertEqual((state["epoch"], state["step"]), (0, 4))
-        text, code = self.train("--limit", "64", "--val-every", "1", "--resume")
+        text, code = self.train(*flags, "--resume")
         self.assertIsNone(code)
         self.assertEqual([line["epoch"] for line in log_of(self.out, "val")], [1, 2, 3])
 
@@ -3201,18 +3285,15 @@ class TestResume(TrainCase):
 
         return mock.patch("torch.amp.GradScaler", too_large)
 
-    def test_steps_that_float16_skips_are_counted_and_not_skipped_again_after_a_resume(self):
+    def test_float16_skips_steps_that_overflow_and_goes_on_exactly_after_a_resume(self):
         flags = "--limit 64 --epochs 2 --holdout 0 --no-ema --dtype fp16".split()
         with self.overflowing_scaler():
-            text, _ = self.train(*flags, out=self.root / "whole")
+            self.train(*flags, out=self.root / "whole")
             with before_step(1, 2, terminate):
                 self.train(*flags)
             _, code = self.train(*flags, "--resume")
         self.assertIsNone(code)
-        n_skipped = log_of(self.root / "whole", "epoch")[-1]["skipped"]
-        self.assertTrue(0 < n_skipped < 8)
-        self.assertIn(f"{n_skipped} steps skipped", text)
-        self.assertEqual(log_of(self.out, "epoch")[-1]["skipped"], n_skipped)
+        self.assertLess(load_file(self.out / "last.pt")["scaler"]["scale"], 2.0**21)
         self.assert_same_run(self.out, self.root / "whole")
 
 
@@ -3246,6 +3327,7 @@ class TestDivergence(TrainCase):
                             ("--log-every 1000", 4)):
             with self.subTest(flags):
                 shutil.rmtree(self.out, ignore_errors=True)
+                flags += " --val-every 1"
                 with before_step(1, 1, infinite):
                     _, code = self.train("--limit", "64", *flags.split())
                 words = f"epoch 2, step {step} .*last good checkpoint: .*last.pt; try a smaller --lr"
@@ -3325,8 +3407,6 @@ class TestInit(TrainCase):
         text, code = self.train("--init", self.root / "init.pt", "--limit", "64", "--resume")
         self.assertIsNone(code)
         self.assertIn("going on at epoch 1, step 1", text)
-        saved = json.loads((self.out / "args.json").read_text())
-        self.assertRegex(saved["init_hash"], "[0-9a-f]{12}")
 
     def test_init_from_weights_of_which_nothing_fits_is_refused(self):
         _, _, code = self.start_from({"other.weight": torch.ones(3)})
@@ -3391,7 +3471,7 @@ class TestTwoRanks(TemporaryFolder):
         image_folder(cls.made / "pictures", split="val")
         torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
         command = [sys.executable, *torchrun, __file__, "two-ranks", str(cls.made)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
         assert done.returncode == 0, done.stderr[-3000:]  # what the ranks assert is there too
 
     def setUp(self):
@@ -5060,6 +5140,140 @@ class TestLandscapeAndGallery(InAnEmptyFolder):
         torch.testing.assert_close(rebuilt, attacked, atol=1.1, rtol=0)
 
 
+# A GPU
+
+GPU_RUN = "--data shapes --epochs 4 --log-every 20 --val-every 4 --act silu".split()
+
+
+@cache
+def a_gpu_run():
+    """The folder of a run as the flags have it by default: bf16, compiled, with CUDA graphs."""
+    folder = tempfile.mkdtemp()
+    unittest.addModuleCleanup(shutil.rmtree, folder)
+    text, code = quietly(train.main, *GPU_RUN, "--out", folder + "/gpu")
+    assert code is None, (code, text)
+    return Path(folder, "gpu")
+
+
+@unittest.skipUnless(ON_GPU, "about a GPU: python test_all.py gpu, on a machine that has one")
+class TestGPU(TrainCase):
+    def train_on_gpu(self, *flags):
+        return quietly(train.main, *GPU_RUN, "--out", self.out, *flags)
+
+    def test_training_in_bf16_compiled_ends_within_reach_of_float32(self):
+        saved = json.loads((a_gpu_run() / "args.json").read_text())
+        self.assertEqual((saved["dtype"], saved["compile"]), ("bf16", True))
+        _, code = self.train_on_gpu("--dtype", "fp32", "--no-compile")
+        self.assertIsNone(code)
+        for name in ("clean", "robust"):
+            expected = log_of(self.out, "val")[-1][name]
+            self.assertLess(abs(log_of(a_gpu_run(), "val")[-1][name] - expected), 0.15, name)
+        self.assertGreater(log_of(a_gpu_run(), "val")[-1]["robust"], 0.3)
+
+    def test_verdicts_are_those_of_a_cpu(self):
+        verdicts = {}
+        for name, flags in (("cpu", "--device cpu"), ("fp32", ""), ("bf16", "--dtype bf16"),
+                            ("fp16", "--dtype fp16")):
+            path = self.root / f"{name}.json"
+            text, code = quietly(evaluate.main, "--out", a_gpu_run(), "--limit", 100, "--steps", 10,
+                                 "--json", path, *flags.split())
+            self.assertIsNone(code, text)
+            ledger = a_gpu_run() / "eval" / (json.loads(path.read_text())["ledger"] + ".0.jsonl")
+            lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+            verdicts[name] = {line["index"]: line["fooled"] is None for line in lines if "index" in line}
+            self.assertEqual(len(verdicts[name]), 100)
+        for name in ("fp32", "bf16", "fp16"):
+            with self.subTest(name):
+                n_different = sum(verdicts[name][i] != verdicts["cpu"][i] for i in verdicts["cpu"])
+                self.assertLessEqual(n_different, 1)  # rounding may decide one
+
+    def test_a_killed_run_goes_on(self):
+        command = [sys.executable, train.__file__, *GPU_RUN, "--out", self.out, "--save-every", "0.002"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            while not (self.out / "log.jsonl").exists() or len(log_of(self.out, "step")) < 3:
+                self.assertIsNone(process.poll())
+                time.sleep(0.005)
+            process.kill()
+        text, code = quietly(train.main, "--resume", "--out", self.out)
+        self.assertIsNone(code)
+        self.assertRegex(text, r"going on at epoch \d, step \d")
+        self.assertGreater(log_of(self.out, "val")[-1]["robust"], 0.3)
+
+    def test_float16_survives_overflowing_weight_gradients(self):
+        scaler = torch.amp.GradScaler
+
+        def too_large(device, enabled):
+            return scaler(device, init_scale=2.0**24, enabled=enabled)
+
+        with mock.patch("torch.amp.GradScaler", too_large):
+            text, code = self.train_on_gpu("--dtype", "fp16", "--epochs", "1", "--no-compile")
+        self.assertIsNone(code, text)
+        self.assertLess(load_file(self.out / "last.pt")["scaler"]["scale"], 2.0**24)
+
+    def test_float16_stops_at_an_image_gradient_that_is_not_finite(self):
+        with mock.patch("train.network", NoSlope):
+            _, code = self.train_on_gpu("--dtype", "fp16", "--no-compile")
+        assert_sentence(self, code, "not finite at epoch 1")
+
+    def test_between_two_log_lines_no_step_waits_for_the_gpu(self):
+        lr_at = train.lr_at
+
+        def watched(args, epoch, step, n_steps):
+            if epoch == 1:  # everything is compiled and recorded by then
+                torch.cuda.set_sync_debug_mode("error" if 20 < step < 39 else "default")
+            return lr_at(args, epoch, step, n_steps)
+
+        self.addCleanup(torch.cuda.set_sync_debug_mode, "default")
+        for flags in ("", "--no-compile --ema --accum 2 --clean-start 0.2"):
+            with self.subTest(flags), mock.patch("train.lr_at", watched):
+                shutil.rmtree(self.out, ignore_errors=True)
+                text, code = self.train_on_gpu("--epochs", "2", *flags.split())
+                self.assertIsNone(code, text)
+
+    def test_compiled_gradients_are_the_eager_ones_for_every_curve(self):
+        def one_block(args, num_classes):
+            torch.manual_seed(0)
+            arch = models.resnet(models.BasicBlock, 1, width=16)
+            return arch.make(act=partial(make_act, args.act), norm=nn.BatchNorm2d, num_classes=num_classes,
+                             dropout=0.0, stochastic_depth=0.0, small_input=True)
+
+        device = torch.device("cuda")
+        x = torch.rand(16, 3, 32, 32, device=device)
+        y = torch.arange(16, device=device) % 10
+        for act, dtype in itertools.product(ACTIVATIONS, ("fp32", "bf16")):
+            with self.subTest(act, dtype=dtype):
+                torch._dynamo.reset()
+                args = flags_of(f"--data shapes --act {act} --compile --dtype {dtype}")
+                net = on_device(one_block(args, 10), device)
+                attack_model, _, _ = train.make_views(net, args, device)
+                train.check_compiled(args, net, attack_model, x, y)
+
+    def test_cuda_graphs_change_no_step(self):
+        device = torch.device("cuda")
+        x = torch.rand(32, 3, 32, 32, device=device)
+        y = torch.arange(32, device=device) % 10
+        weights = {}
+        for res in (32, 65):  # graphs or none: --res up to 64 has them
+            args = flags_of(f"--data shapes --act silu --compile --dtype fp32 --lr 0.01 --res {res}")
+            torch.manual_seed(0)
+            net = on_device(train.network(args, 10), device)
+            optimizer, scaler = train.make_optimizer(args, net, device)
+            attack_model, train_model, _ = train.make_views(net, args, device)
+            for step in range(6):
+                torch.manual_seed(step)
+                train.update(args, attack_model, train_model, optimizer, scaler, x, y)
+            weights[res] = torch.cat([p.detach().flatten() for p in net.parameters()])
+        self.assertLess((weights[32] - weights[65]).abs().max(), 1e-3)
+
+    @unittest.skipUnless(torch.cuda.device_count() > 1, "about two GPUs")
+    def test_two_gpus_train_and_evaluate(self):
+        image_folder(self.root / "pictures", split="val")
+        torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+        command = [sys.executable, *torchrun, __file__, "two-ranks", str(self.root), "gpu"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+        self.assertEqual(done.returncode, 0, done.stderr[-3000:])
+
+
 # README
 
 def blocks(text, language=""):
@@ -5232,5 +5446,7 @@ class TestReadme(TemporaryFolder):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["two-ranks"]:
         two_ranks(sys.argv[2])
+    elif ON_GPU:
+        unittest.main(argv=["test_all.py", "TestGPU"], warnings="ignore")
     else:
         unittest.main(warnings="ignore")

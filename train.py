@@ -5,7 +5,8 @@ See it move on a laptop, no data needed:
 $ python train.py --data shapes
 The ResNet-50 / SiLU row of the README on 8 GPUs:
 $ torchrun --standalone --nproc_per_node=8 train.py --arch resnet50 --act silu
-Go on after a kill, a Ctrl-C or a full disk: the same command with --resume.
+Go on after a kill, a Ctrl-C or a full disk; the run's own flags are taken from its folder:
+$ python train.py --resume --out out
 
 The run's folder (--out) gets
   args.json           all flags, the classes of the data, versions, the commit
@@ -14,31 +15,30 @@ The run's folder (--out) gets
   best.pt             the weights that were most robust on the held-out images
   last.pt             everything that --resume needs; last.prev.pt is the one before
 
-On a machine that is busy with other work set OMP_NUM_THREADS=1: threads that wait for each other make a
-step many times slower than one thread does.
+`update` and `make_optimizer`, right above `main`, are what a new idea changes: the loss, the attack, the
+optimizer. `sanity.py cost` times the same two.
 
 Keys: SAT is the paper; equations, sections and tables are numbered as there.
 """
 import argparse
+import contextlib
 import copy
-import ctypes
 import fcntl
-import hashlib
 import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-
-if __name__ == "__main__":  # importing torch takes seconds; a Ctrl-C meanwhile prints no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.distributed as dist
@@ -48,47 +48,37 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from activations import ACTIVATIONS
-from attacks import pgd, predict, random_start
-from data import duration, say, show
-from models import (MODELS, attacker_view, build, in_precision, load_file, precision, read_state_dict,
-                    set_numerics, shares_storage)
+from activations import ACTIVATIONS, SmoothReLU
+from attacks import cross_entropy, input_gradient, pgd, predict, random_start
+from data import duration, say, show, write_whole
+from models import (MEAN, MODELS, STD, attacker_view, build, in_precision, load_file, on_device,
+                    precision, read_state_dict, set_numerics, shares_storage)
 
 # --data picks the defaults of all other flags
 RECIPES = {
-    # SAT Sec. 3.1: 100 epochs, x0.1 at 30, 60 and 90, weight decay 1e-4, PGD-1 with eps 4 and step 4
+    # SAT Sec. 3.1: 100 epochs, x0.1 at 30, 60 and 90, weight decay 1e-4, PGD-1 with eps 4 and step 4;
+    # weights and decay start and act as in the released code
     "imagenet": dict(arch="resnet50", act="silu", epochs=100, schedule="step", batch_size=1024, wd=1e-4,
-                     eps=4, step_size=4, holdout=10000, val_every=1, log_every=50),
-    # SAT Sec. 7 names network and attack; the schedule is Wong et al. 2020's (arXiv:2001.03994), longer
-    "cifar10": dict(arch="resnet18", act="silu", epochs=30, schedule="onecycle", batch_size=128, lr=0.2,
-                    wd=5e-4, eps=8, step_size=8, holdout=1000, val_every=1, log_every=50),
+                     initial="sat", decay="weights", eps=4, step_size=4, holdout=10000, val_every=1,
+                     log_every=50),
+    # SAT Sec. 7 names network and attack; the schedule is Wong et al. 2020's (arXiv:2001.03994). With
+    # the initial weights of ImageNet the first epochs stay at chance (results/recipes.log)
+    "cifar10": dict(arch="resnet18", act="silu", epochs=15, schedule="onecycle", batch_size=128, lr=0.2,
+                    wd=5e-4, initial="torch", decay="all", eps=8, step_size=8, holdout=1000, val_every=5,
+                    log_every=50),
     "shapes": dict(arch="resnet8", act="silu", epochs=8, schedule="onecycle", batch_size=64, lr=0.1,
-                   wd=5e-4, eps=8, step_size=8, holdout=500, val_every=2, log_every=20),
+                   wd=5e-4, initial="sat", decay="weights", eps=8, step_size=8, holdout=500, val_every=2,
+                   log_every=20),
 }
 # SAT Sec. 5.2; stochastic depth as in EfficientNet. --enhanced also means each network's own dropout
 ENHANCED = dict(wd=1e-5, epochs=200, stochastic_depth=0.2, autoaugment=True, ema=True, early_stop=True)
 
-# The least and the most that each flag with a number takes, in this script and those that import it
-RANGES = {
-    # data and output
-    "limit": (1, 10**9), "holdout": (0, 10**9), "save_every": (0, 10**6), "res": (16, 4096),
-    # network
-    "act_alpha": (1e-6, 1e6), "dropout": (0, 1), "stochastic_depth": (0, 1), "bn_eps": (1e-12, 1),
-    # optimization
-    "epochs": (1, 10**6), "batch_size": (1, 10**6), "accum": (1, 10**6), "lr": (1e-12, 1000),
-    "warmup_epochs": (0, 10**6), "wd": (0, 1000), "label_smoothing": (0, 1),
-    # attack
-    "eps": (0, 255), "step_size": (0, 255), "steps": (0, 10**6), "restarts": (1, 10**6),
-    "clean_start": (0, 1),
-    # how
-    "val_every": (1, 10**6), "log_every": (1, 10**6), "workers": (0, 1000), "seed": (0, 2**63 - 1),
-    "rounds": (1, 10**6), "scale": (0.5, 4),
-}
-
 RUN_FILES = ("args.json", "log.txt", "log.jsonl", "model.pt", "best.pt", "last.pt", "last.prev.pt")
-# Flags that --resume may change: the result does not depend on them (--init is not read again, and the
+# What --resume may change, since the result does not depend on it (--init is not read again, and the
 # images below --data-dir are compared by their names)
-FREE = ("out", "resume", "init", "workers", "device", "log_every", "save_every", "download", "data_dir")
+FREE = ("out", "resume", "init", "workers", "device", "compile", "log_every", "save_every", "download",
+        "data_dir")
+PLACE = ("out", "resume", "device", "compile", "download")  # not those of the run that goes on
 
 # Newer versions of torch warn about arguments that the oldest one we support needs, and about the layout
 # of 1x1 convolutions' gradients in DDP, which costs nothing
@@ -97,9 +87,16 @@ warnings.filterwarnings("ignore", message=".*broadcast_buffers.*|.*barrier.*|.*G
 
 # Flags
 
+MAY_BE_0 = ("holdout", "save_every", "warmup_epochs", "wd", "eps", "step_size", "steps", "workers",
+            "seed")
+
+
 def get_args(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    recipes = [f"  {name}: {recipe}" for name, recipe in RECIPES.items()]
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python train.py [flags]; --help lists them",
+        epilog="\n".join(["defaults of each --data:", *recipes]))
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     # data and output
     p.add_argument("--data", default="imagenet", choices=RECIPES, help="picks all other defaults")
@@ -117,10 +114,14 @@ def get_args(argv=None):
     p.add_argument("--act-alpha", type=float, help="the curve's parameter; default: the paper's")
     p.add_argument("--smooth-backward", default="none", help="Table 1: who gets a smooth gradient",
                    choices=["none", "attacker", "optimizer", "both"])
+    p.add_argument("--initial", choices=["sat", "torch"],
+                   help="weights to start from: the released code's, or torch's own for every layer")
     p.add_argument("--dropout", type=float, help="rate; default: 0, with --enhanced the network's own")
     p.add_argument("--stochastic-depth", type=float, default=0.0,
                    help="the rate towards which EfficientNet's blocks rise")
     p.add_argument("--bn-eps", type=float, default=1e-5, help="BatchNorm's; torchvision b5-b7: 1e-3")
+    p.add_argument("--mean", type=float, nargs=3, default=list(MEAN), help="of R, G and B, in [0, 1]")
+    p.add_argument("--std", type=float, nargs=3, default=list(STD), help="their deviation")
     p.add_argument("--res", type=int, help="pixels; default: the network's own, cifar10 and shapes 32")
     # optimization
     p.add_argument("--enhanced", action="store_true", help="Sec. 5.2: dropout, " + ", ".join(ENHANCED))
@@ -130,15 +131,17 @@ def get_args(argv=None):
     p.add_argument("--lr", type=float, help="peak; default: imagenet 0.1 for each 256 of the batch")
     p.add_argument("--schedule", choices=["step", "onecycle"], help="x0.1 at 30, 60, 90%%; line to 0")
     p.add_argument("--warmup-epochs", type=float, help="default: 5%%, at most 5; onecycle 40%%")
-    p.add_argument("--wd", type=float, help="weight decay of convolution and linear weights")
+    p.add_argument("--wd", type=float, help="weight decay")
+    p.add_argument("--decay", choices=["weights", "all"],
+                   help="what it is for: convolution and linear weights, or norms and biases too")
     p.add_argument("--nesterov", **switch, help="momentum, as the released code has")
     p.add_argument("--label-smoothing", type=float, default=0.0, help="released code: 0.1")
     p.add_argument("--autoaugment", **switch, help="torchvision's AutoAugment")
     p.add_argument("--ema", **switch, help="average the weights; validate and keep the average")
     p.add_argument("--early-stop", **switch, help="end when robustness drops 20 points; keep the best")
     # the attack inside
-    p.add_argument("--eps", type=float, help="L-inf radius in 1/255")
-    p.add_argument("--step-size", type=float, help="in 1/255")
+    p.add_argument("--eps", type=in_255, help="L-inf radius in 1/255")
+    p.add_argument("--step-size", type=in_255, help="in 1/255")
     p.add_argument("--steps", type=int, default=1, help="of PGD; 0 is normal training")
     p.add_argument("--clean-start", type=float, default=0.0, help="share attacked from the clean image")
     # how
@@ -151,11 +154,16 @@ def get_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
 
-    # Parsed twice: --data and --enhanced decide what the other flags are by default
+    # Parsed twice: --data and --enhanced decide what the other flags are by default, and a run that
+    # goes on has its own
     first, _ = p.parse_known_args(argv)
     p.set_defaults(**RECIPES[first.data])
     if first.enhanced:
         p.set_defaults(**ENHANCED)
+    args_file = Path(first.out) / "args.json"
+    if first.resume and args_file.exists():
+        saved = read_json(args_file)
+        p.set_defaults(**{name: saved[name] for name in vars(first).keys() & saved.keys() - PLACE})
     args = p.parse_args(argv)
 
     # What is still open depends on other flags
@@ -174,6 +182,14 @@ def get_args(argv=None):
     return args
 
 
+def in_255(text):
+    """A radius or a step in 1/255, as papers write it: "8" and "8/255" are both 8."""
+    number, slash, unit = text.partition("/")
+    if slash and unit != "255":
+        raise argparse.ArgumentTypeError(f"{text} is not in 1/255; use 8 or 8/255")
+    return float(number)
+
+
 def wants_gpu(args):
     """Whether --device names a GPU, or leaves the choice and there is one."""
     return args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
@@ -185,22 +201,38 @@ def need(condition, sentence):
         raise SystemExit(sentence)
 
 
+@contextlib.contextmanager
+def sentences():
+    """A ValueError from a file below becomes the sentence that a script ends with."""
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(str(error))
+
+
 def flag(name):
     """The flag that fills args.name."""
     return "--" + name.replace("_", "-")
 
 
-def check_ranges(args):
-    """SystemExit for a number that is not finite or not in its range, RANGES."""
-    for name, (least, most) in RANGES.items():
-        value = getattr(args, name, None)
-        if value is not None:  # and NaN is in no range
-            need(least <= value <= most, f"{flag(name)} {value} is out of range; use {least} to {most}")
+def check_numbers(args):
+    """SystemExit for a number that is not finite or makes no sense; in every script's flags."""
+    numbers = {name: value for name, value in vars(args).items() if isinstance(value, (int, float))}
+    for name, value in numbers.items():
+        if name in ("eps", "step_size") and 0 < value < 0.25:
+            say(f"{flag(name)} {value:g} means {value:g}/255; if you mean {value:g} of the range from 0 "
+                f"to 1, that is {flag(name)} {255 * value:g}")
+        if name in ("dropout", "stochastic_depth", "label_smoothing", "clean_start"):
+            need(0 <= value <= 1, f"{flag(name)} {value} is no share; use 0 to 1")
+        elif name in MAY_BE_0:
+            need(0 <= value < math.inf, f"{flag(name)} {value} is out of range; use 0 or more")
+        elif not isinstance(value, bool):
+            need(0 < value < math.inf, f"{flag(name)} {value} is out of range; use more than 0")
 
 
 def check(args, world):
     """SystemExit for flags that argparse cannot judge alone."""
-    check_ranges(args)
+    check_numbers(args)
     n_parts = world * args.accum
     fewer = max(1, args.batch_size // n_parts) * n_parts
     need(args.out.strip(), "--out is empty; name a folder, such as --out out")
@@ -219,12 +251,32 @@ def check(args, world):
          "--no-early-stop")
     need(wants_gpu(args) or not args.compile or args.dtype != "bf16",
          "--compile with --dtype bf16 gave NaN gradients on a CPU; use --dtype fp32 or --no-compile")
+    has_compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    need(has_compiler or not args.compile,
+         "--compile needs a C++ compiler, and neither g++ nor clang++ is here; install one, or use "
+         "--no-compile")
+
+
+def check_data(args, images, members, held_out, n_steps, world):
+    """SystemExit for flags that these images cannot satisfy."""
+    batch_size = min(args.batch_size, len(members) // world * world)
+    need(n_steps > 0 and batch_size // (world * args.accum) >= 2,
+         f"a batch of {batch_size} images in {world} processes x --accum {args.accum} has parts of less "
+         "than two, and BatchNorm needs two; use more images, or a larger --batch-size")
+    need(len(held_out) > 0 or not args.early_stop, "--early-stop needs held-out images, and a tenth of "
+         f"{min(images.n, args.limit or images.n)} is none; use more images")
+
+
+def contradictions(saved, given):
+    """Where flags that were typed, {name: value or None}, differ from a run's args.json -> clauses."""
+    clauses = []
+    for name, value in given.items():
+        if value is not None and saved.get(name) != value:
+            clauses.append(f"{flag(name)} {saved.get(name)} (here {value})")
+    return clauses
 
 
 # The machine
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when the one that started it ends
-
 
 def open_device(name, dtype="fp32", timeout=timedelta(minutes=30)):
     """Where this process runs -> device, and torchrun's rank and world (0 and 1 without torchrun).
@@ -232,30 +284,18 @@ def open_device(name, dtype="fp32", timeout=timedelta(minutes=30)):
     timeout: how long the processes wait for each other.
     """
     set_numerics(dtype)
-    # torchrun sets these three; without it this is the only process
-    numbers = []
-    for variable, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
-        text = os.environ.get(variable, str(default))
-        need(text.isdigit(), f"{variable}={text} is no number; start with torchrun, or unset {variable}")
-        numbers.append(int(text))
-    rank, world, local_rank = numbers
-    need(world == 1 or "RANK" in os.environ,
-         f"WORLD_SIZE is {world} and RANK is not set; start with torchrun, or unset WORLD_SIZE")
-
-    need(name != "mps", "--device mps is not supported: losses are summed in float64, which it lacks; "
-         "use --device cpu")
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        name = f"cuda:{local_rank}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     # One process a GPU, which is how torchrun numbers them
     known = ["cpu"] + [f"cuda:{k}" for k in range(torch.cuda.device_count())]
     need(name in known, f"--device {name} is not here; use {', '.join(known)}, or fewer processes")
     device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1 and sys.platform == "linux":  # torchrun ends its processes, but not if it is killed
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         device_id = device if device.type == "cuda" else None
@@ -280,6 +320,8 @@ def listen():
     stop_asked = threading.Event()
 
     def ask(number, frame):
+        if not stop_asked.is_set():
+            os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
         stop_asked.set()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -289,58 +331,6 @@ def listen():
 
 
 # The run's folder
-
-class Log:
-    """log.txt and log.jsonl, by rank 0. log.txt is locked: two runs cannot write into one folder."""
-
-    def __init__(self, out, rank):
-        self.active = rank == 0
-        if not self.active:
-            return
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            self.text = open(out / "log.txt", "a", buffering=1)
-            self.json = open(out / "log.jsonl", "a", buffering=1)
-            # Not flock: the loader's workers would inherit it and outlive this process
-            fcntl.lockf(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(f"another run writes into {out}; wait for it, or choose another --out")
-        except OSError as error:
-            raise SystemExit(f"cannot write into {out} ({error.strerror}); choose another --out")
-
-    def __call__(self, text, **values):
-        if not self.active:
-            return
-        say(text)
-        try:
-            self.text.write(text + "\n")
-            if values:
-                self.json.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise SystemExit(f"cannot write the log ({error.strerror}): is the disk full? Make room, "
-                             "then go on with --resume")
-
-
-def save_file(path, content, previous=None):
-    """Write tensors under a temporary name, flush, rename: no file is ever half-written.
-
-    previous: the name that the old file gets first. SystemExit where the disk is full or read-only.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            path.replace(previous)
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or "torch stopped in the middle"
-        raise SystemExit(f"cannot write {path} ({reason}): is the disk full? What was written before is "
-                         "whole; make room, then go on with --resume")
-
 
 def read_json(path):
     """A JSON object. SystemExit if it is missing, damaged, or anything else."""
@@ -354,61 +344,196 @@ def read_json(path):
     return content
 
 
-def write_json(path, content):
-    """A JSON object, whole or not at all. SystemExit where the disk is full or read-only."""
-    part = path.with_name(path.name + ".part")
+def write_file(path, write, previous=None):
+    """`data.write_whole`. SystemExit where the disk is full or read-only."""
     try:
-        with open(part, "w") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise SystemExit(f"cannot write {path} ({error.strerror}): is the disk full? Make room, then "
-                         "give the same command again")
+        write_whole(path, write, previous)
+    except (OSError, RuntimeError) as error:  # torch's own when a disk is full
+        why = getattr(error, "strerror", None) or "torch stopped in the middle"
+        raise SystemExit(f"cannot write {path} ({why}): is the disk full? What was written before is "
+                         "whole; make room, then go on with --resume or the same command")
 
 
-def read_checkpoint(out, log):
-    """last.pt, or last.prev.pt where last.pt is damaged or missing -> its content; None without both."""
-    damaged = []
-    for path in (out / "last.pt", out / "last.prev.pt"):
-        if path.exists():
-            try:
-                state = load_file(path)
-                need(isinstance(state, dict) and "optimizer" in state, f"{path} is no checkpoint")
-            except SystemExit as error:
-                damaged.append(str(error))
-                continue
-            for sentence in damaged:
-                log(f"{sentence}: going on from {path}")
-            return state
-    need(not damaged, f"{'; '.join(damaged)}: nothing to go on from; start again in another --out")
-    return None
+def write_json(path, content):
+    """A JSON object, whole or not at all."""
+    def write(file):
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
+
+    write_file(path, write)
 
 
-def differences(saved, args, facts):
-    """What --resume would change although the result depends on it -> clauses for a sentence."""
-    clauses = []
-    for name, value in vars(args).items():
-        if name not in FREE and saved.get(name) != value:
-            clauses.append(f"{flag(name)} {saved.get(name)} (now {value})")
-    if saved.get("n_images") != facts["n_images"]:
-        clauses.append(f"{saved.get('n_images')} images in its data (now {facts['n_images']})")
-    elif saved.get("classes") != facts["classes"]:
-        clauses.append("other classes in its data")
-    elif saved.get("names") != facts["names"]:
-        clauses.append("other file names or other labels in its data")
-    return clauses
+@dataclass
+class Progress:
+    """Where a run is: saved and loaded whole."""
+
+    epoch: int = 0  # epochs that are over
+    step: int = 0  # steps of the current one that are over
+    n_updates: int = 0
+    best: float = -1.0  # held-out robust accuracy
+    best_epoch: int = 0
+    ended: str = ""  # why, if it ended early
+    sums: tuple = (0.0, 0.0, 0.0, 0.0)  # this epoch's batch_sums, over all ranks
+    world: int = 1
 
 
-def init_from(net, path):
-    """Take every tensor of the file that fits by name and shape -> a sentence for the log.
+class Run:
+    """The folder of a run. Rank 0 locks it and writes; no run overwrites another's files."""
 
-    It names what stays at its initialisation, such as a classifier for other classes.
+    def __init__(self, args, rank):
+        self.out = Path(args.out)
+        self.rank = rank
+        if rank > 0:
+            return
+        # Empty files hold no run: the logs are opened, to lock them, before anything else
+        existing = [name for name in RUN_FILES if (self.out / name).exists()]
+        existing = [name for name in existing if (self.out / name).stat().st_size > 0]
+        need(not existing or args.resume,
+             f"{self.out} holds a run ({', '.join(existing)}); go on with --resume, or in another --out")
+        can_go_on = "last.pt" in existing or "last.prev.pt" in existing
+        need(can_go_on or existing in ([], ["args.json"]),
+             f"{self.out} holds a run ({', '.join(existing)}) and no checkpoint to go on from; start "
+             "again in another --out")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.text = open(self.out / "log.txt", "a", buffering=1, errors="backslashreplace")
+            self.json = open(self.out / "log.jsonl", "a", buffering=1)
+            # Not flock: the loader's workers would inherit it and outlive this process
+            fcntl.lockf(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another run writes into {self.out}; wait for it, or choose another --out")
+        except OSError as error:
+            raise SystemExit(f"cannot write into {self.out} ({error.strerror}); choose another --out")
+
+    def log(self, text, **values):
+        """A line for the screen and log.txt, and its numbers for log.jsonl."""
+        if self.rank > 0:
+            return
+        say(text)
+        try:
+            self.text.write(text + "\n")
+            if values:
+                self.json.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise SystemExit(f"cannot write the log ({error.strerror}): is the disk full? Make room, "
+                             "then go on with --resume")
+
+    def log_step(self, name, progress, n_steps, sums, lr, seconds, waiting, eta):
+        """The line of a step: means since the line before, from their sums (batch_sums) and seconds."""
+        loss_sum, n_errors, n_seen, _ = sums.tolist()
+        loss = loss_sum / n_seen
+        error = n_errors / n_seen
+        speed = n_seen / seconds
+        share = waiting / seconds
+        self.log(f"{name} | step {progress.step:5d}/{n_steps} | loss {loss:7.4f} | "
+                 f"adv {100 * (1 - error):5.2f}% | lr {lr:.4f} | {speed:5.0f} img/s | "
+                 f"wait {100 * share:2.0f}% | eta {duration(eta)}",
+                 kind="step", epoch=progress.epoch + 1, step=progress.step, loss=loss, error=error,
+                 lr=lr, speed=speed, waiting=share)
+
+    def log_epoch(self, name, progress, sums, seconds):
+        """The line of an epoch, from its sums over all ranks."""
+        loss_sum, n_errors, n_seen, _ = sums.tolist()
+        loss = loss_sum / n_seen
+        error = n_errors / n_seen
+        self.log(f"{name} | train loss {loss:.4f} | train error {100 * error:.2f}% | "
+                 f"{duration(seconds)}",
+                 kind="epoch", epoch=progress.epoch + 1, loss=loss, error=error)
+
+    def log_validation(self, name, progress, n, clean, robust, eps):
+        self.log(f"{name} | held-out clean {100 * clean:.2f}% | robust {100 * robust:.2f}% (PGD-10, eps "
+                 f"{eps:g}, n {n}) | best {100 * progress.best:.2f}% at epoch {progress.best_epoch}",
+                 kind="val", epoch=progress.epoch + 1, n=n, clean=clean, robust=robust)
+
+    def save(self, name, content, previous=None):
+        """Tensors and plain Python, by rank 0."""
+        if self.rank == 0:
+            previous = previous and self.out / previous
+            write_file(self.out / name, partial(torch.save, content), previous)
+
+    def save_checkpoint(self, parts, progress):
+        """last.pt: the state of every part, {name: part}, and the counters. The one before is kept."""
+        states = {name: part.state_dict() for name, part in parts.items()}
+        self.save("last.pt", {**states, **vars(progress)}, previous="last.prev.pt")
+
+    def begin(self, args, facts, parts, world):
+        """args.json and a first checkpoint, so that there is always one to go on from -> Progress."""
+        progress = Progress(world=world)
+        if self.rank == 0:
+            folder = shlex.quote(str(Path(__file__).parent))
+            commit = subprocess.getoutput(f"git -C {folder} describe --always --dirty 2>/dev/null")
+            versions = dict(commit=commit, processes=world, python=sys.version.split()[0],
+                            torch=torch.__version__, torchvision=torchvision.__version__)
+            write_json(self.out / "args.json", {**vars(args), **facts, **versions})
+        self.save_checkpoint(parts, progress)
+        return progress
+
+    def checkpoint(self):
+        """last.pt, or where it is damaged or missing last.prev.pt -> its content; None without both."""
+        damaged = []
+        for path in (self.out / "last.pt", self.out / "last.prev.pt"):
+            if path.exists():
+                try:
+                    state = load_file(path)
+                    if not isinstance(state, dict) or "optimizer" not in state:
+                        raise ValueError(f"{path} is no checkpoint")
+                except ValueError as error:
+                    damaged.append(str(error))
+                    continue
+                for sentence in damaged:
+                    self.log(f"{sentence}: going on from {path}")
+                return state
+        need(not damaged, f"{'; '.join(damaged)}: nothing to go on from; start again in another --out")
+        return None
+
+    def resume(self, args, facts, parts):
+        """Load the last checkpoint into the parts -> Progress; None if there is none to go on from.
+
+        SystemExit if it is of other flags or other data. facts: what args.json holds beside the flags.
+        """
+        state = self.checkpoint()
+        if state is None:
+            return None
+        saved = read_json(self.out / "args.json")
+        clauses = contradictions(saved, {k: v for k, v in vars(args).items() if k not in FREE})
+        for name, words in (("n_images", "another number of images"), ("classes", "other classes"),
+                            ("names", "other file names or labels")):
+            if saved.get(name) != facts[name]:
+                clauses.append(f"{words} in its data")
+        need(not clauses,
+             f"the run in {self.out} has {', '.join(clauses)}; --resume needs only --out. To "
+             f"train on from its weights, use --init {self.out / 'model.pt'} and another --out")
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        except (RuntimeError, KeyError):
+            raise SystemExit(f"{self.out / 'last.pt'} is not of the network in args.json; use another "
+                             "--out")
+        for p, moments in parts["optimizer"].state.items():
+            for name, value in moments.items():
+                # Not as it was saved: the strides of a CPU's tensors differ from a GPU's
+                if torch.is_tensor(value) and value.shape == p.shape:
+                    moments[name] = torch.empty_like(p).copy_(value)
+        progress = Progress(**{name: state[name] for name in vars(Progress())})
+        if progress.epoch < args.epochs and not progress.ended:
+            self.log(f"going on at epoch {progress.epoch + 1}, step {progress.step}", kind="resume",
+                     epoch=progress.epoch + 1, step=progress.step)
+        return progress
+
+    def command(self, world):
+        """What goes on with this run, ready to paste."""
+        start = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
+        return f"{start} train.py --resume --out {shlex.quote(str(self.out))}"
+
+
+def init_from(net, args, run):
+    """Take every tensor of --init's file that fits by name and shape.
+
+    The log names what stays at its initialisation, such as a classifier for other classes.
     """
+    path = args.init
     wanted = net.state_dict()
-    found = read_state_dict(path)
+    with sentences():
+        found = read_state_dict(path)
     taken = {}
     for name, tensor in found.items():
         if name in wanted and wanted[name].shape == tensor.shape:
@@ -424,10 +549,33 @@ def init_from(net, path):
         sentence += f"; {len(missing)} stay at their initialisation: {shown}"
     if len(found) > len(taken):
         sentence += f"; {len(found) - len(taken)} of the file are unused"
-    return sentence
+    run.log(sentence)
 
 
-# The pieces of a step
+def agree(run, progress, world):
+    """SystemExit unless all processes are at the same place -> the group for their votes, on CPUs."""
+    if world == 1:
+        return None
+    group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+    places = [None] * world
+    dist.all_gather_object(places, (progress.epoch, progress.step), group=group)
+    need(len(set(places)) == 1, f"the processes see different checkpoints in {run.out}, (epoch, step) "
+         f"{places}; --out needs to be one folder for all nodes")
+    if progress.world != world:
+        run.log(f"going on with {world} processes instead of {progress.world}: not bit-exact")
+    progress.world = world
+    return group
+
+
+def any_rank(group, *flags):
+    """Which of the flags, bools, is set on any rank -> [bool]."""
+    votes = torch.tensor(flags, dtype=torch.int32)
+    if group is not None:
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=group)
+    return votes.bool().tolist()
+
+
+# The network, and the models that are made of it
 
 def network(args, num_classes):
     """The network that the flags describe, as the optimizer sees it."""
@@ -435,20 +583,94 @@ def network(args, num_classes):
         args.arch, args.act, num_classes, act_alpha=args.act_alpha,
         smooth_backward=args.smooth_backward in ("optimizer", "both"), dropout=args.dropout,
         stochastic_depth=args.stochastic_depth, small_input=data.DATA_SETS[args.data].small_input,
-        bn_eps=args.bn_eps)
+        bn_eps=args.bn_eps, initial=args.initial, mean=args.mean, std=args.std)
 
 
-def parameter_groups(net, wd):
-    """Decay for convolution and linear weights; none for norms, biases and SmoothReLU's alpha.
+def attack_view(net, args):
+    """The network as the attacker sees it: net's storage, frozen, in eval mode (Table 1's split)."""
+    return attacker_view(net, smooth_backward=args.smooth_backward in ("attacker", "both"))
+
+
+def make_views(net, args, device, world=1, kept=None):
+    """Three models over net's storage, which may not move from here on.
+
+    attack_model  the attacker's view: its backward pass computes no weight gradient, even compiled, so
+                  an attack step costs 2 forwards instead of 3; outside DDP
+    train_model   net itself, in DDP where there are several processes
+    val_model     a view of `kept`, the weights that are validated: net, or with --ema its average
+    """
+    view = attack_view(net, args)
+    assert shares_storage(net, view), "the two views must share their storage"
+    attack_model = view
+    train_model = net.train()
+    if args.compile:
+        # CUDA graphs pay where a step is bound by launches: one process, small images
+        graphs = device.type == "cuda" and world == 1 and args.accum == 1 and args.res <= 64
+        attack_model = compiled(attack_model, graphs)
+        train_model = compiled(train_model, graphs)
+    if world > 1:  # average_batchnorm_statistics sees to the buffers
+        device_ids = [device] if device.type == "cuda" else None
+        train_model = DistributedDataParallel(train_model, device_ids=device_ids,
+                                              broadcast_buffers=False, gradient_as_bucket_view=True)
+    attack_model = in_precision(attack_model, args.dtype, device)
+    val_model = in_precision(attacker_view(kept or net), args.dtype, device)
+    return attack_model, train_model, val_model
+
+
+def compiled(net, graphs):
+    """net, compiled; with CUDA graphs what a call returns holds until the next call only."""
+    if not graphs:
+        return torch.compile(net, dynamic=False)
+    replay = torch.compile(net, dynamic=False, mode="reduce-overhead")
+
+    def model(x):
+        torch.compiler.cudagraph_mark_step_begin()  # two forwards before a backward become an error
+        return replay(x)
+    return model
+
+
+def check_compiled(args, net, attack_model, x, y):
+    """SystemExit if the compiled attack and the eager one disagree about the gradient of a batch.
+
+    Compilers were wrong silently (torch 2.11: SmoothReLU's gradient was 0; bf16 on a CPU: NaN). Nothing
+    of the run moves: a view has no statistics and draws no numbers, and the batch has the step's shape.
+    """
+    if args.steps == 0:
+        return
+
+    def gradient(model, x, y):
+        _, grad = input_gradient(model, x, partial(cross_entropy, y=y))
+        return grad.flatten(1)
+
+    x = x.tensor_split(args.accum)[0]
+    y = y.tensor_split(args.accum)[0]
+    for _ in range(2):  # a CUDA graph warms up, then records; the third call is the first replay
+        gradient(attack_model, x.flip(0), y.flip(0))
+    grad = gradient(attack_model, x, y)[:8]
+    eager_model = in_precision(attack_view(net, args), args.dtype, x.device)
+    eager = gradient(eager_model, x[:8], y[:8])
+    cosine = F.cosine_similarity(grad, eager)
+    agree = (cosine > 0.9) | (grad == eager).all(1)  # both may be 0
+    need(agree.all(), f"the compiled network's gradient is wrong (its cosine with the eager one is "
+         f"{cosine.min():.2f}, torch {torch.__version__}); go on with --resume --no-compile")
+
+
+# The pieces of a step
+
+def parameter_groups(net, wd, decay):
+    """Decay for convolution and linear weights, or for all; never for SmoothReLU's alpha.
 
     The released code adds wd / 2 |w|^2 to the loss, which is what torch's weight_decay does.
     """
     decayed = []
+    others = []
     for module in net.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            decayed.append(module.weight)
-    decayed_ids = {id(p) for p in decayed}
-    others = [p for p in net.parameters() if id(p) not in decayed_ids]
+        for name, p in module.named_parameters(recurse=False):
+            is_weight = isinstance(module, (nn.Conv2d, nn.Linear)) and name == "weight"
+            if is_weight or (decay == "all" and not isinstance(module, SmoothReLU)):
+                decayed.append(p)
+            else:
+                others.append(p)
     return [{"params": decayed, "weight_decay": wd}, {"params": others, "weight_decay": 0.0}]
 
 
@@ -499,8 +721,10 @@ def average_batchnorm_statistics(net, world):
 
     Differs from SAT: its code keeps one process's statistics.
     """
+    if world == 1:
+        return
     statistics = [b for name, b in net.named_buffers() if name.endswith(("running_mean", "running_var"))]
-    if world > 1 and statistics:
+    if statistics:
         flat = torch.cat(statistics)
         dist.all_reduce(flat)
         means = (flat / world).split([len(b) for b in statistics])
@@ -516,6 +740,23 @@ def update_ema(ema, net, n_updates):
             mean.lerp_(value, 1 - decay)
         else:
             mean.copy_(value)
+
+
+def finite_sums(sums, net, progress, lr, out):
+    """This epoch's batch_sums over all ranks -> (4,). SystemExit if a loss or a weight is not finite.
+
+    At log lines and saves only: a step does not wait for the device.
+    """
+    total = all_ranks(sums)
+    weights_finite = torch.stack([t.isfinite().all() for t in net.state_dict().values()]).all()
+    _, _, n_seen, n_not_finite = total.tolist()
+    if n_not_finite > 0 or not weights_finite:
+        sentence = (f"loss or weights are not finite at epoch {progress.epoch + 1}, step "
+                    f"{progress.step} (lr {lr:.3g}); last good checkpoint: {out / 'last.pt'}")
+        if n_not_finite < n_seen:  # it began well, so it was not the data but the updates
+            sentence += "; try a smaller --lr"
+        raise SystemExit(sentence)
+    return total
 
 
 def validate(args, model, images, held_out, workers, device, rank, world):
@@ -538,25 +779,46 @@ def validate(args, model, images, held_out, workers, device, rank, world):
     return all_ranks(counts).tolist()
 
 
-def name_unreadable(images, named, log, group):
-    """Name on the log, once, each image file that could not be read, whichever rank met it."""
-    every_rank = [images.unreadable]
-    if group is not None:
-        every_rank = [None] * dist.get_world_size()
-        dist.all_gather_object(every_rank, images.unreadable, group=group)
-    for reasons in every_rank:
-        for reason in reasons:
-            if reason not in named:
-                named.add(reason)
-                log(f"cannot read {reason}; the next image is used instead ({len(named)} such files)")
-    images.unreadable.clear()
+# What a new idea changes: the optimizer, and one step
+
+def make_optimizer(args, net, device):
+    """SGD with momentum (SAT Sec. 3.1) -> optimizer, and the scaler that float16 needs."""
+    optimizer = torch.optim.SGD(parameter_groups(net, args.wd, args.decay), args.lr, momentum=0.9,
+                                nesterov=args.nesterov, fused=device.type == "cuda")
+    for p in net.parameters():  # not left to the first step: if float16 skips it, fused SGD's is garbage
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+    return optimizer, scaler
+
+
+def update(args, attack_model, train_model, optimizer, scaler, x, y):
+    """One step on this rank's images: attack, forward, loss, backward, optimizer -> its batch_sums.
+
+    x: (N, 3, H, W) in [0, 1], y: (N,) int64. With --accum they go through in parts.
+    """
+    sums = 0
+    x_parts = x.tensor_split(args.accum)
+    y_parts = y.tensor_split(args.accum)
+    for number, (x_part, y_part) in enumerate(zip(x_parts, y_parts)):
+        x_adv = attack(args, attack_model, x_part, y_part)  # as x_part
+        if isinstance(train_model, DistributedDataParallel):  # summed over the ranks once
+            train_model.require_backward_grad_sync = number + 1 == args.accum
+        with precision(args.dtype, x.device):
+            logits = train_model(x_adv)  # (n, K)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, y_part, label_smoothing=args.label_smoothing)
+        scaler.scale(loss * len(x_part) / len(x)).backward()
+        sums = sums + batch_sums(logits, y_part)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return sums
 
 
 def main():
     args = get_args()
     device, rank, world = open_device(args.device, args.dtype)
     check(args, world)
-    out = Path(args.out)
 
     # Data
     if args.download and rank == 0:
@@ -567,311 +829,142 @@ def main():
     images = data.load(args.data, args.data_dir, train=True, res=args.res, device=device)
     members, held_out = data.hold_out(images.n, args.limit, args.holdout)
     n_steps = len(data.epoch_batches(members, 0, args.seed, args.batch_size, world))
-    need(n_steps > 0, f"{len(members)} training images make no batch for {world} processes; use more "
-         "images or fewer processes")
-    n_available = min(images.n, args.limit or images.n)
-    need(len(held_out) > 0 or not args.early_stop,
-         f"--early-stop needs held-out images, and a tenth of {n_available} is none; use more images")
+    check_data(args, images, members, held_out, n_steps, world)
     workers = data.loader_workers(args.workers, images, world)
 
-    # The network. The seed alone decides its first weights, whatever the activation
+    # The network, whose first weights the seed alone decides, and the models made of it
     torch.manual_seed(args.seed)
-    net = network(args, len(images.classes))
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    net.to(device, memory_format=layout)
-
-    # The run's folder: a checkpoint to go on from, weights to start from, or neither. No run overwrites
-    # another's files; empty ones hold no run
-    existing = [name for name in RUN_FILES if (out / name).exists() and (out / name).stat().st_size > 0]
-    need(not existing or args.resume or rank > 0,
-         f"{out} holds a run ({', '.join(existing)}); go on with --resume, or in another --out")
-    log = Log(out, rank)
-    if world > 1:
-        dist.barrier()
-    state = read_checkpoint(out, log) if args.resume else None
-    results = [name for name in existing if name != "args.json"]
-    need(state or not results or rank > 0,
-         f"{out} holds a run ({', '.join(results)}) and no checkpoint to go on from; start again in "
-         "another --out")
-    facts = dict(classes=images.classes, n_images=images.n, names=images.names_hash(),
-                 small_input=data.DATA_SETS[args.data].small_input)
-    if state:
-        clauses = differences(read_json(out / "args.json"), args, facts)
-        need(not clauses, f"the run in {out} has {', '.join(clauses)}; use its flags and its data, or "
-             "another --out")
-        try:
-            net.load_state_dict(state["model"])
-        except RuntimeError:
-            raise SystemExit(f"{out / 'last.pt'} is not of the network in args.json; use another --out")
-        if state["world"] != world:
-            log(f"going on with {world} processes instead of {state['world']}: not bit-exact")
-    elif args.init:
-        init_sentence = init_from(net, args.init)
-        facts["init_hash"] = hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:12]
-    if rank == 0 and not state:
-        folder = shlex.quote(str(Path(__file__).parent))
-        facts["commit"] = subprocess.getoutput(f"git -C {folder} describe --always --dirty 2>/dev/null")
-        facts["processes"] = world
-        facts["python"] = sys.version.split()[0]
-        facts["torch"] = torch.__version__
-        facts["torchvision"] = torchvision.__version__
-        write_json(out / "args.json", {**vars(args), **facts})
-
-    # Two views over one storage, the attacker's and the optimizer's; from here on nothing may move it.
-    # The attacker's is in eval mode, outside DDP, and frozen: even compiled, its backward pass computes
-    # no weight gradient, and an attack step costs 2 forwards instead of 3
-    #     net       the network, as the optimizer sees it      -> train_model   compiled, in DDP
-    #     view      the same network, as the attacker sees it  -> attack_model  compiled, in --dtype
-    #     kept_net  net, or with --ema its average             -> val_model     a view of it in --dtype
-    view = attacker_view(net, smooth_backward=args.smooth_backward in ("attacker", "both"))
-    attack_model = view
-    train_model = net.train()
-    if args.compile:
-        attack_model = torch.compile(view, dynamic=False)
-        train_model = torch.compile(net, dynamic=False)
-    attack_model = in_precision(attack_model, args.dtype, device)
-    if world > 1:  # average_batchnorm_statistics sees to the buffers
-        device_ids = [device] if device.type == "cuda" else None
-        train_model = DistributedDataParallel(train_model, device_ids=device_ids,
-                                              broadcast_buffers=False, gradient_as_bucket_view=True)
+    with sentences():
+        net = on_device(network(args, len(images.classes)), device)
     ema = copy.deepcopy(net).eval().requires_grad_(False) if args.ema else None
     kept_net = ema if args.ema else net  # the weights that are validated and kept
-    val_model = in_precision(attacker_view(kept_net), args.dtype, device)
+    attack_model, train_model, val_model = make_views(net, args, device, world, kept_net)
+    optimizer, scaler = make_optimizer(args, net, device)
 
-    # Optimizer and scaler (which does nothing except in float16)
-    optimizer = torch.optim.SGD(parameter_groups(net, args.wd), args.lr, momentum=0.9,
-                                nesterov=args.nesterov, fused=device.type == "cuda")
-    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-
-    # Where we are, the best so far, and this epoch's sums (batch_sums)
-    epoch = 0
-    step = 0
-    n_updates = 0
-    n_skipped = 0  # steps that float16 skipped
-    best = -1.0
-    best_epoch = 0
-    ended = ""
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        for p, moments in optimizer.state.items():
-            for name, value in moments.items():
-                # Not as it was saved: the strides of a CPU's tensors differ from a GPU's
-                if torch.is_tensor(value) and value.shape == p.shape:
-                    moments[name] = torch.empty_like(p).copy_(value)
-        scaler.load_state_dict(state["scaler"])
-        if args.ema:
-            ema.load_state_dict(state["ema"])
-        epoch = state["epoch"]
-        step = state["step"]
-        n_updates = state["n_updates"]
-        n_skipped = state["n_skipped"]
-        best = state["best"]
-        best_epoch = state["best_epoch"]
-        ended = state["ended"]
-        if rank == 0:  # saved as the sum over all ranks, so only one rank may add it
-            sums += torch.tensor(state["sums"], dtype=torch.float64, device=device)
-    assert shares_storage(net, view), "the two views must share their storage"
-    cpu_group = None  # for votes and checks
-    if world > 1:
-        cpu_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
-        places = [None] * world
-        dist.all_gather_object(places, (epoch, step), group=cpu_group)
-        need(len(set(places)) == 1, f"the processes see different checkpoints in {out}, (epoch, step) "
-             f"{places}; --out needs to be one folder for all nodes")
-
-    # The next two functions read main's variables as they are at the time of the call, and change none
-    def refuse_not_finite(total):
-        """SystemExit if a loss of this epoch, or a weight, is not finite."""
-        weights_finite = torch.stack([t.isfinite().all() for t in net.state_dict().values()]).all()
-        _, _, n_seen, n_not_finite = total.tolist()
-        if n_not_finite == 0 and weights_finite:
-            return
-        sentence = (f"loss or weights are not finite at epoch {epoch + 1}, step {step} (lr {lr:.3g}); "
-                    f"last good checkpoint: {out / 'last.pt'}")
-        if n_not_finite < n_seen:  # it began well, so it was not the data but the updates
-            sentence += "; try a smaller --lr"
-        raise SystemExit(sentence)
-
-    def save():
-        """last.pt: everything to go on exactly, and nothing that is not finite. All ranks call it."""
-        total = all_ranks(sums)
-        refuse_not_finite(total)
-        if rank == 0:
-            save_file(out / "last.pt", {
-                "model": net.state_dict(), "ema": ema.state_dict() if args.ema else None,
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "epoch": epoch, "step": step, "sums": total.tolist(), "world": world,
-                "n_updates": n_updates, "n_skipped": n_skipped,
-                "best": best, "best_epoch": best_epoch, "ended": ended,
-            }, previous=out / "last.prev.pt")
-
-    # The loop. From here on there is always a checkpoint to go on from
-    lr = args.lr
-    if not state:
-        save()
+    # The run: as its last checkpoint left it, or new
+    run = Run(args, rank)
+    parts = dict(model=net, optimizer=optimizer, scaler=scaler)
+    if args.ema:
+        parts["ema"] = ema
+    facts = dict(classes=images.classes, n_images=images.n, names=images.names_hash(),
+                 small_input=data.DATA_SETS[args.data].small_input)
+    progress = run.resume(args, facts, parts) if args.resume else None
+    if progress is None:
+        if args.init:
+            init_from(net, args, run)
+            kept_net.load_state_dict(net.state_dict())
+        progress = run.begin(args, facts, parts, world)
     size = sum(p.numel() for p in net.parameters()) / 1e6
-    log(f"{args.arch} {args.act}, {size:.2f}M parameters; {args.data}, {len(members)} images, "
-        f"{len(held_out)} held out; {n_steps} steps of {min(args.batch_size, len(members))}; "
-        f"{args.dtype} on {world} {device_name(device)}")
-    if args.init and not state:
-        log(init_sentence)
-    if state and epoch < args.epochs and not ended:
-        log(f"going on at epoch {epoch + 1}, step {step}", kind="resume", epoch=epoch + 1, step=step)
+    run.log(f"{args.arch} {args.act}, {size:.2f}M parameters; {args.data}, {len(members)} images, "
+            f"{len(held_out)} held out; {n_steps} steps of {min(args.batch_size, len(members))}; "
+            f"{args.dtype} on {world} {device_name(device)}")
+    cpu_group = agree(run, progress, world)
+
+    # The loop
     torch.backends.cudnn.benchmark = True
     stop_asked = listen()
     began = time.monotonic()
     last_save = began
-    n_done_before = epoch * n_steps + step  # by earlier processes
-    seconds_validating = 0.0
-    n_validations = 0
-    named_unreadable = set()
-    advised = False  # about a slow loader
+    n_before = progress.n_updates  # by earlier processes
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # of this epoch (batch_sums)
+    if rank == 0:  # saved as the sum over all ranks, so only one rank may add it
+        sums += torch.tensor(progress.sums, dtype=torch.float64)
     batches = data.train_batches(
-        images, members, args.batch_size, args.epochs, seed=args.seed, start=(epoch, step), rank=rank,
-        world=world, workers=workers, device=device, autoaugment=args.autoaugment)
+        images, members, args.batch_size, args.epochs, seed=args.seed,
+        start=(progress.epoch, progress.step), rank=rank, world=world, workers=workers, device=device,
+        autoaugment=args.autoaugment)
 
-    while epoch < args.epochs and not ended:
+    while progress.epoch < args.epochs and not progress.ended:
+        name = f"epoch {progress.epoch + 1:3d}/{args.epochs}"
         epoch_began = time.monotonic()
         line_began = epoch_began
-        line_total = all_ranks(sums)
-        seconds_waiting = 0.0
-        while step < n_steps:
+        line_sums = all_ranks(sums)
+        waiting = 0.0
+        while progress.step < n_steps:
             wait_began = time.monotonic()
-            index, x, y = next(batches)
-            seconds_waiting += time.monotonic() - wait_began
+            _, x, y = next(batches)  # x: (N, 3, H, W) in [0, 1], y: (N,) int64
+            waiting += time.monotonic() - wait_began
+            if args.compile and progress.n_updates == n_before:
+                check_compiled(args, net, attack_model, x, y)
 
-            # One update. The attack's start, dropout and stochastic depth draw from torch's generator,
+            # One step. The attack's start, dropout and stochastic depth draw from torch's generator,
             # seeded anew each step: nothing random needs saving, a resumed run is the same run
-            torch.manual_seed(data.key(args.seed, epoch, step, rank))
-            lr = lr_at(args, epoch, step, n_steps)
+            torch.manual_seed(data.key(args.seed, progress.epoch, progress.step, rank))
+            lr = lr_at(args, progress.epoch, progress.step, n_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            x_parts = x.chunk(args.accum)
-            y_parts = y.chunk(args.accum)
-            for number, (x_part, y_part) in enumerate(zip(x_parts, y_parts)):
-                x_adv = attack(args, attack_model, x_part, y_part)
-                if world > 1:  # gradients are summed over the ranks once, with the last part
-                    train_model.require_backward_grad_sync = number + 1 == len(x_parts)
-                with precision(args.dtype, device):
-                    logits = train_model(x_adv)
-                logits = logits.float()
-                loss = F.cross_entropy(logits, y_part, label_smoothing=args.label_smoothing)
-                scaler.scale(loss * len(x_part) / len(x)).backward()
-                sums += batch_sums(logits, y_part)
-            scale_before = scaler.get_scale()  # always 1 except in float16
-            scaler.step(optimizer)
-            scaler.update()
-            if scaler.get_scale() < scale_before:
-                n_skipped += 1
-            optimizer.zero_grad(set_to_none=True)
+            sums += update(args, attack_model, train_model, optimizer, scaler, x, y)
             average_batchnorm_statistics(net, world)
-            n_updates += 1
+            progress.step += 1
+            progress.n_updates += 1
             if args.ema:
-                update_ema(ema, net, n_updates)
-            step += 1
+                update_ema(ema, net, progress.n_updates)
 
-            # A log line, over all ranks since the line before. This is where a step waits for the device
-            if step % args.log_every == 0 or step == n_steps:
-                total = all_ranks(sums)
-                refuse_not_finite(total)
-                name_unreadable(images, named_unreadable, log, cpu_group)
+            # A log line, over all ranks since the line before. Only here a step waits for the device
+            if progress.step % args.log_every == 0 or progress.step == n_steps:
+                total = finite_sums(sums, net, progress, lr, run.out)
                 now = time.monotonic()
-                loss_sum, n_errors, n_seen, _ = (total - line_total).tolist()
-                mean_loss = loss_sum / n_seen
-                error = n_errors / n_seen
-                # Time left: the steps to come at the mean pace so far, and the validations to come
-                speed = n_seen / (now - line_began)
-                waiting = seconds_waiting / (now - line_began)
-                n_done = epoch * n_steps + step
-                n_remaining = args.epochs * n_steps - n_done
-                seconds_a_step = (now - began - seconds_validating) / (n_done - n_done_before)
-                eta = n_remaining * seconds_a_step
-                if n_validations:
-                    n_validations_ahead = math.ceil((args.epochs - epoch) / args.val_every)
-                    eta += n_validations_ahead * seconds_validating / n_validations
-                log(f"epoch {epoch + 1:3d}/{args.epochs} | step {step:5d}/{n_steps} | "
-                    f"loss {mean_loss:7.4f} | adv {100 * (1 - error):5.2f}% | "
-                    f"lr {lr:.4f} | {speed:5.0f} img/s | wait {100 * waiting:2.0f}% | "
-                    f"eta {duration(eta)}",
-                    kind="step", epoch=epoch + 1, step=step, loss=mean_loss, error=error, lr=lr,
-                    speed=speed, waiting=waiting)
-                # The first line waits for the workers to start, which says nothing
-                workers_started = n_done - n_done_before > args.log_every
-                if waiting > 0.1 and images.paths is not None and workers_started and not advised:
-                    advised = True
-                    short = round(args.res * 288 / 224)  # 288 px for 224
-                    log(f"{100 * waiting:.0f}% of the time is spent waiting for images: raise --workers "
-                        f"(now {workers}) up to the cores, or shrink the files once with python data.py "
-                        f"shrink FROM TO --short {short}")
-                line_total = total
+                n_ahead = (args.epochs - progress.epoch) * n_steps - progress.step
+                eta = n_ahead * (now - began) / (progress.n_updates - n_before)
+                run.log_step(name, progress, n_steps, total - line_sums, lr, now - line_began, waiting,
+                             eta)
+                line_sums = total
                 line_began = now
-                seconds_waiting = 0.0
+                waiting = 0.0
             else:
-                show(f"epoch {epoch + 1}/{args.epochs} | step {step}/{n_steps}")
+                show(f"{name} | step {progress.step}/{n_steps}")
 
             # All ranks stop or save together, if any was asked to stop or rank 0 finds a checkpoint due.
             # Not at every step: between many GPUs even a small reduce takes time
-            if world == 1 or step % 10 == 0 or step == n_steps:
+            if world == 1 or progress.step % 10 == 0 or progress.step == n_steps:
                 due = rank == 0 and time.monotonic() - last_save > 60 * args.save_every
-                votes = torch.tensor([stop_asked.is_set(), due], dtype=torch.int32)
-                if world > 1:
-                    dist.all_reduce(votes, dist.ReduceOp.MAX, group=cpu_group)
-                stop, due = votes.bool().tolist()
-                if stop or due or step == n_steps:  # an epoch is saved before it is validated
-                    save()
+                stop, due = any_rank(cpu_group, stop_asked.is_set(), due)
+                if stop or due:
+                    progress.sums = finite_sums(sums, net, progress, lr, run.out).tolist()
+                    run.save_checkpoint(parts, progress)
                     last_save = time.monotonic()
                 if stop:
-                    log(f"stopped at epoch {epoch + 1}, step {step}; go on with --resume")
+                    run.log(f"stopped at epoch {progress.epoch + 1}, step {progress.step}; go on with "
+                            f"{run.command(world)}")
                     raise SystemExit(75)  # EX_TEMPFAIL in sysexits.h
 
-        # The epoch is over and saved. A kill from here on costs the validation, which --resume repeats
-        loss_sum, n_errors, n_seen, _ = all_ranks(sums).tolist()
-        epoch_loss = loss_sum / n_seen
-        epoch_error = n_errors / n_seen
-        skipped = f" | {n_skipped} steps skipped" if n_skipped else ""
-        name = f"epoch {epoch + 1:3d}/{args.epochs}"
-        log(f"{name} | train loss {epoch_loss:.4f} | train error {100 * epoch_error:.2f}% | "
-            f"{duration(time.monotonic() - epoch_began)}{skipped}",
-            kind="epoch", epoch=epoch + 1, loss=epoch_loss, error=epoch_error, skipped=n_skipped)
-        # The held-out images decide which weights are the best, and whether robustness has collapsed
+        # The epoch is over. The held-out images decide which weights are the best, and whether
+        # robustness has collapsed
+        run.log_epoch(name, progress, all_ranks(sums), time.monotonic() - epoch_began)
+        is_last = progress.epoch + 1 == args.epochs
+        is_due = is_last or (progress.epoch + 1) % args.val_every == 0
         is_best = False
-        if len(held_out) and ((epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs):
-            val_began = time.monotonic()
+        if is_due and len(held_out):
             n, n_correct, n_robust = validate(args, val_model, images, held_out, workers, device,
                                               rank, world)
-            clean = n_correct / n
             robust = n_robust / n
-            if args.early_stop and best - robust > 0.2:
-                ended = (f"stopped early: robust accuracy dropped from {best:.1%} to {robust:.1%}, "
-                         f"catastrophic overfitting; model.pt is best.pt, from epoch {best_epoch}")
-            is_best = robust > best
+            if args.early_stop and progress.best - robust > 0.2:
+                progress.ended = (f"stopped early: robust accuracy dropped from {progress.best:.1%} to "
+                                  f"{robust:.1%}, catastrophic overfitting; model.pt is best.pt, from "
+                                  f"epoch {progress.best_epoch}")
+            is_best = robust > progress.best
             if is_best:
-                best = robust
-                best_epoch = epoch + 1
-            log(f"{name} | held-out clean {100 * clean:.2f}% | robust {100 * robust:.2f}% (PGD-10, eps "
-                f"{args.eps:g}, n {n}) | best {100 * best:.2f}% at epoch {best_epoch}",
-                kind="val", epoch=epoch + 1, n=n, clean=clean, robust=robust)
-            seconds_validating += time.monotonic() - val_began
-            n_validations += 1
-        epoch += 1
-        step = 0
+                progress.best = robust
+                progress.best_epoch = progress.epoch + 1
+                run.save("best.pt", kept_net.state_dict())
+            run.log_validation(name, progress, n, n_correct / n, robust, args.eps)
+        if is_due and (is_best or not args.early_stop):
+            run.save("model.pt", kept_net.state_dict())
+        progress.epoch += 1
+        progress.step = 0
         sums.zero_()
-        if rank == 0 and is_best:
-            save_file(out / "best.pt", kept_net.state_dict())
-        if rank == 0 and (is_best or not args.early_stop):
-            save_file(out / "model.pt", kept_net.state_dict())
-        save()
-        last_save = time.monotonic()
+        if is_last or progress.ended:
+            progress.sums = sums.tolist()
+            run.save_checkpoint(parts, progress)
 
-    log(ended or f"finished epoch {epoch} after {duration(time.monotonic() - began)}")
-    log(f"measure it on the test set with python evaluate.py --out {shlex.quote(args.out)}")
+    took = duration(time.monotonic() - began)
+    run.log(progress.ended or f"finished epoch {progress.epoch} after {took}")
+    run.log(f"measure it on the test set with python evaluate.py --out {shlex.quote(args.out)}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
