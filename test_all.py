@@ -423,13 +423,31 @@ class TestActivations(unittest.TestCase):
                     act(x)
                 self.assertEqual(kept, [torch.float16])
 
+    def test_the_compiled_gradient_is_the_eager_one_for_every_curve(self):
+        self.addCleanup(torch._dynamo.reset)
+        curves = [(name, False) for name in ACTIVATIONS] + [("relu", True)]
+        for name, smooth_backward in curves:
+            with self.subTest(name, smooth_backward=smooth_backward):
+                torch._dynamo.reset()
+                act = make_act(name, smooth_backward=smooth_backward)
+                x = torch.linspace(-3, 3, 100, requires_grad=True)
+                wanted = (x, *act.parameters())  # the image, and SmoothReLU's alpha
+                compiled = torch.compile(act, backend="aot_eager", fullgraph=True)
+                eager_grads = torch.autograd.grad(act(x).sum(), wanted)
+                compiled_grads = torch.autograd.grad(compiled(x).sum(), wanted)
+                self.assertGreater(eager_grads[0].abs().max(), 0.9)
+                torch.testing.assert_close(compiled_grads, eager_grads)
+
     def test_wrong_activations_are_refused(self):
-        refuses(self, SystemExit, "swish.*silu", make_act, "swish")
-        refuses(self, SystemExit, "silu has no alpha", make_act, "silu", 2.0)
-        refuses(self, SystemExit, "ReLU", make_act, "elu", smooth_backward=True)
-        for alpha in (0.0, -1.0, math.nan, math.inf):
-            with self.subTest(alpha=alpha):
-                refuses(self, SystemExit, "not positive", make_act, "elu", alpha)
+        for words, arguments in (("swish.*silu", dict(name="swish")),
+                                 ("silu has no alpha", dict(name="silu", alpha=2.0)),
+                                 ("relu", dict(name="elu", smooth_backward=True)),
+                                 ("0 is not positive", dict(name="elu", alpha=0.0)),
+                                 ("-1 is not positive", dict(name="elu", alpha=-1.0)),
+                                 ("nan is not positive", dict(name="elu", alpha=math.nan)),
+                                 ("inf is not positive", dict(name="elu", alpha=math.inf))):
+            with self.subTest(words):
+                refuses(self, ValueError, words, make_act, **arguments)
 
 
 # models
