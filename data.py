@@ -622,13 +622,20 @@ def smaller(file, short):
     return written.getvalue()
 
 
-def write_whole(file, content):
-    """Write under a hidden name, then rename: the final name never holds half of a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
+def write_whole(path, write, previous=None):
+    """Call write(file) on a hidden file beside `path`, flush it to the disk and rename it.
+
+    So `path` never holds half of a file. previous: the name that the file of before gets.
+    """
+    part = path.with_name(f".{path.name}.part")
     try:
-        part.write_bytes(content)
-        part.replace(file)
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            path.replace(previous)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -5460,7 +5460,6 @@ class TestReadme(TemporaryFolder):
             "Another attack in training": "",
             "Another loss": "",
             "Another optimizer and schedule": "--lr 0.001",
-            "A new network": "--arch wrn16_2",
             "A data set of your own": "--data mine --res 32",
             "An L2 attack in evaluation": "",
         }
