@@ -15,35 +15,32 @@ Keys: SAT is arXiv:2006.14536.
 import argparse
 import bisect
 import hashlib
-import io
 import math
 import os
-import signal
 import sys
 import time
-import zlib
-from dataclasses import dataclass, field
-from multiprocessing.pool import ThreadPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
-
-if __name__ == "__main__":  # importing torch takes seconds; a Ctrl-C meanwhile prints no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
-from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from attacks import uniform
 
-BICUBIC = T.InterpolationMode.BICUBIC  # everywhere, as in SAT's code
+BICUBIC = T.InterpolationMode.BICUBIC  # everywhere, as in SAT's code, except in shrink:
+LANCZOS = T.InterpolationMode.LANCZOS  # there bicubic would change evaluation's pixels more
 AUGMENT = 1  # first word of uniform's counter; APGD uses 1 too, but never on training images
 SHAPES_SEED = -1  # of the pictures; attacks and crops have seeds from 0 on, so they never share numbers
+# Pillow's modes of at most 8 bits a channel
+EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+PAD = 4  # zeros around an image in memory, of which a random crop takes a part
 MOST_UNREADABLE = 100  # in a row: the disk is at fault, not a file
 
 
@@ -63,7 +60,6 @@ class Images:
     x: torch.Tensor = None
     root: Path = None
     paths: np.ndarray = None  # relative to root; one array, whose memory the loader's workers share
-    unreadable: list = field(default_factory=list)  # what training could not read, for its log
 
     @property
     def n(self):
@@ -74,65 +70,66 @@ class Images:
 
     def names_hash(self):
         """A hex digest of which images these are and of their labels, not of their pixels."""
-        names = []
-        if self.paths is not None:
-            names = [Path(path).parts for path in self.paths.tolist()]
+        names = [] if self.paths is None else self.paths.tolist()
         return f"{key(self.res, self.classes, names, self.y.tolist()):016x}"
 
-    def fingerprint(self, progress=None):
-        """A hex digest of the content: the pixels in memory, or each file's name, size and checksum.
-
-        `progress(n_done, n)` is called as the files are read.
-        """
-        digest = hashlib.sha256()
-        digest.update(self.names_hash().encode())
+    def fingerprint(self):
+        """A hex digest of the pixels in memory; of files it sees the names and sizes, and no more."""
+        digest = hashlib.sha256(self.names_hash().encode())
         if self.x is not None:
             digest.update(self.x.cpu().contiguous().numpy().tobytes())
-            return digest.hexdigest()[:12]
-        files = (self.file(index) for index in range(self.n))
-        n_done = 0
-        with ThreadPool(8) as threads:  # reading and checksums run outside of Python's lock
-            try:
-                for size_and_checksum in threads.imap(checksum, files, chunksize=16):
-                    digest.update(repr(size_and_checksum).encode())
-                    n_done += 1
-                    if progress is not None:
-                        progress(n_done, self.n)
-            except OSError as error:
-                raise SystemExit(f"cannot read {error.filename} ({reason(error)}); fix it, or remove it "
-                                 "from the data")
+        else:
+            sizes = [self.file(index).stat().st_size for index in range(self.n)]
+            digest.update(repr(sizes).encode())
         return digest.hexdigest()[:12]
 
 
-def checksum(file):
-    content = file.read_bytes()
-    return len(content), zlib.crc32(content)
+def write_whole(path, write, previous=None):
+    """Call write(file) on a hidden file beside `path`, flush it to the disk and rename it.
+
+    So `path` never holds half of a file. previous: the name that the file of before gets.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            path.replace(previous)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def reason(error):
-    """Why a file could not be read or written, without its name, which the caller knows."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    if isinstance(error, OSError) and error.strerror is not None:
-        return error.strerror
-    return str(error) or type(error).__name__
+    """Why a file could not be read or written."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 # The terminal
 
+def is_first():
+    """Whether this is torchrun's first process, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def show(text):
     """A line on the terminal that the next one overwrites; nothing unless stdout is a terminal."""
-    if sys.stdout.isatty() and os.environ.get("RANK", "0") == "0":
-        print(f"\r\033[K{text}", end="", flush=True)
+    if is_first() and sys.stdout.isatty():
+        print(f"\r\033[K{printable(text)}", end="", flush=True)
 
 
 def say(text):
-    """A line that stays. Where nobody reads any more, as behind `| head`, the work goes on silently."""
-    show("")
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """A line that stays, by the first process."""
+    if is_first():
+        show("")
+        print(printable(text), flush=True)
+
+
+def printable(text):
+    """The text, in which a byte of a file name that is not UTF-8 is written as \\xe9."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def duration(seconds):
@@ -194,50 +191,63 @@ def load(name, data_dir=None, train=True, res=32, classes=None, download=False, 
     return images
 
 
-class VisibleImages(ImageFolder):
-    """torchvision's ImageFolder, its order and its numbers, without hidden folders and hidden files.
+def visible(names):
+    """Without .ipynb_checkpoints, which Jupyter leaves, and ._cat.jpg, which a Mac leaves by cat.jpg."""
+    return sorted(name for name in names if not name.startswith("."))
 
-    Jupyter leaves .ipynb_checkpoints beside the classes, and a Mac ._cat.jpg beside each cat.jpg.
+
+def find_pictures(root):
+    """The pictures below a folder, as paths relative to it, in the order of torchvision's ImageFolder.
+
+    Each real folder comes once, whatever links lead to it, and none that holds `root`.
     """
+    paths = []
+    left_out = []
 
-    def __init__(self, root):
-        prefix = os.path.join(root, "")
+    def leave_out(error):
+        left_out.append(f"{error.filename} ({reason(error)})")
 
-        def is_valid_file(path):
-            return is_picture(path.removeprefix(prefix))
+    seen = {str(folder) for folder in root.resolve().parents}
+    starts = [root]  # then the links, each where no real folder leads
+    while starts:
+        for folder, subfolders, files in os.walk(starts.pop(0), onerror=leave_out):
+            folder = Path(folder)
+            real = os.path.realpath(folder)
+            if real in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
+            subfolders[:] = visible(subfolders)
+            starts += [folder / name for name in subfolders if (folder / name).is_symlink()]
+            below = folder.relative_to(root)
+            for name in visible(files):
+                if name.lower().endswith(IMG_EXTENSIONS):
+                    paths.append(os.path.join(below, name))
+                else:
+                    left_out.append(f"{folder / name} (its name does not end like a picture's)")
+    if paths and left_out:
+        say(f"{len(left_out)} files or folders are left out, e.g. {left_out[0]}")
+    return sorted(paths, key=class_folder_name)
 
-        super().__init__(root, is_valid_file=is_valid_file, allow_empty=True)
-        self.paths = [path.removeprefix(prefix) for path, _ in self.samples]
 
-    def find_classes(self, directory):
-        classes, _ = super().find_classes(directory)
-        visible = [name for name in classes if not name.startswith(".")]
-        return visible, {name: number for number, name in enumerate(visible)}
-
-
-def is_picture(path):
-    """Whether a path, relative to its data set, has a picture's ending and no hidden part."""
-    hidden = any(part.startswith(".") for part in path.split(os.sep))
-    return path.lower().endswith(IMG_EXTENSIONS) and not hidden
+def class_folder_name(path):
+    folder, name = os.path.split(path)
+    return path.split(os.sep)[0], folder, name
 
 
 def imagenet(folder, train, res, download):
     """{train,val}/<class>/* below the folder."""
     root = folder.expanduser() / ("train" if train else "val")
-    try:
-        listed = VisibleImages(root)
-    except (OSError, ValueError):  # no such folder, or no class in it
-        listed = None
-    if listed is None or not listed.paths:
+    paths = [path for path in find_pictures(root) if os.sep in path]  # beside the folders: no class
+    if not paths:
         raise SystemExit(f"no images under {root}; --data imagenet needs its --data-dir to hold "
                          "{train,val}/<class>/*.JPEG; see it move without any: --data shapes")
-    y = torch.tensor(listed.targets)
-    n_images = torch.bincount(y, minlength=len(listed.classes)).tolist()
-    for name, n in zip(listed.classes, n_images):
-        if n == 0:
-            raise SystemExit(f"{root / name} holds no image, and every folder there is a class; remove "
-                             "it, or fill it")
-    return Images(listed.classes, res, y, root=root, paths=np.array(listed.paths))
+    classes, y = np.unique([path.split(os.sep)[0] for path in paths], return_inverse=True)
+    for entry in root.iterdir():
+        if entry.is_dir() and entry.name not in classes and visible([entry.name]):
+            raise SystemExit(f"{entry} holds no image of its own, and every folder there is a class; "
+                             "remove it, or fill it")
+    return Images(classes.tolist(), res, torch.from_numpy(y), root=root, paths=np.array(paths))
 
 
 def cifar10(folder, train, res, download):
@@ -245,9 +255,11 @@ def cifar10(folder, train, res, download):
     try:
         files = CIFAR10(folder, train=train, download=download)  # it compares md5 sums first
     except (OSError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        raise SystemExit(f"no CIFAR-10 in {folder}/cifar-10-batches-py ({why}); say where it is with "
-                         "--data-dir, or add --download")
+        if download:
+            raise SystemExit(f"cannot fetch CIFAR-10 ({reason(error)}); is there a network? Or put its "
+                             f"cifar-10-batches-py into {folder} by hand")
+        raise SystemExit(f"no CIFAR-10 in {folder}/cifar-10-batches-py ({reason(error)}); say where it "
+                         "is with --data-dir, or add --download")
     x = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()  # (n, 32, 32, 3) -> (n, 3, 32, 32)
     return Images(files.classes, 32, torch.tensor(files.targets), x)
 
@@ -255,7 +267,7 @@ def cifar10(folder, train, res, download):
 def shapes(folder, train, res, download):
     """Drawn here and now; no folder is read."""
     x, y = draw_shapes(6000 if train else 1000, res, train)
-    return Images(list(SHAPES), res, y, x)
+    return Images(SHAPES, res, y, x)
 
 
 DATA_SETS = {
@@ -268,52 +280,28 @@ DATA_SETS = {
 }
 
 
-# Shapes: the signed distance to the edge of each at (u, v), negative inside
+# Shapes
 
-def disc(u, v):
-    return torch.hypot(u, v) - 0.9
-
-
-def ring(u, v):
-    return (torch.hypot(u, v) - 0.75).abs() - 0.22
+SHAPES = ["disc", "ring", "square", "frame", "triangle", "star", "cross", "bar", "crescent", "pair"]
 
 
-def square(u, v):
-    return torch.maximum(u.abs(), v.abs()) - 0.8
-
-
-def frame(u, v):
-    return (torch.maximum(u.abs(), v.abs()) - 0.65).abs() - 0.2
-
-
-def triangle(u, v):
-    return torch.maximum(-v, 0.87 * u.abs() + 0.5 * v) - 0.55
-
-
-def star(u, v):
-    return torch.hypot(u, v) - 0.7 - 0.35 * torch.cos(5 * torch.atan2(u, v))
-
-
-def cross(u, v):
-    arms = torch.minimum(u.abs(), v.abs()) - 0.25
-    ends = torch.maximum(u.abs(), v.abs()) - 1
-    return torch.maximum(arms, ends)
-
-
-def bar(u, v):
-    return torch.maximum(u.abs() - 1.1, v.abs() - 0.3)
-
-
-def crescent(u, v):
-    return torch.maximum(torch.hypot(u, v) - 1, 0.8 - torch.hypot(u - 0.5, v))
-
-
-def pair(u, v):
-    return torch.hypot(u.abs() - 0.62, v) - 0.42
-
-
-SHAPES = {"disc": disc, "ring": ring, "square": square, "frame": frame, "triangle": triangle,
-          "star": star, "cross": cross, "bar": bar, "crescent": crescent, "pair": pair}
+def distances(u, v):
+    """The signed distance of (u, v) to the edge of each of SHAPES, negative inside."""
+    radius = torch.hypot(u, v)
+    less = torch.minimum(u.abs(), v.abs())
+    more = torch.maximum(u.abs(), v.abs())
+    return [
+        radius - 0.9,
+        (radius - 0.75).abs() - 0.22,
+        more - 0.8,
+        (more - 0.65).abs() - 0.2,
+        torch.maximum(-v, 0.87 * u.abs() + 0.5 * v) - 0.55,
+        radius - 0.7 - 0.35 * torch.cos(5 * torch.atan2(u, v)),
+        torch.maximum(less - 0.25, more - 1),
+        torch.maximum(u.abs() - 1.1, v.abs() - 0.3),
+        torch.maximum(radius - 1, 0.8 - torch.hypot(u - 0.5, v)),
+        torch.hypot(u.abs() - 0.62, v) - 0.42,
+    ]
 
 
 def draw_shapes(n, res, train):
@@ -343,9 +331,9 @@ def draw_shapes(n, res, train):
         u = (moved_x * turn.cos() - moved_y * turn.sin()) / size
         v = (moved_y * turn.cos() + moved_x * turn.sin()) / size
         edge = torch.empty(len(index), res, res)
-        for number, distance in enumerate(SHAPES.values()):
+        for number, distance in enumerate(distances(u, v)):
             own = y[index] == number
-            edge[own] = distance(u[own], v[own])
+            edge[own] = distance[own]
         inside = (0.5 - edge * size * res / 2).clamp(0, 1)  # an edge one pixel wide, not jagged
 
         # Its colour, the ground it stands on, the grating over both, and noise
@@ -387,17 +375,18 @@ def hold_out(n, limit=None, holdout=0):
 
 
 def epoch_batches(members, epoch, seed, batch_size, world=1):
-    """The epoch's global batches, a list of index tensors of batch_size each, in the epoch's order.
+    """The epoch's global batches, (n_steps, batch_size) int64: image numbers in the epoch's order.
 
     A short last batch is dropped. An epoch smaller than one batch is a single batch, cut to a multiple
     of `world`; with less than two images per process there is none.
     """
     shuffle = torch.Generator().manual_seed(key(seed, epoch))
     order = members[torch.randperm(len(members), generator=shuffle)]
-    if len(order) >= batch_size:
-        return [batch for batch in order.split(batch_size) if len(batch) == batch_size]
-    order = order[: len(order) // world * world]
-    return [order] if len(order) > world else []  # BatchNorm needs two images on each process
+    n_steps = len(order) // batch_size
+    if n_steps == 0:
+        batch_size = len(order) // world * world
+        n_steps = 1 if batch_size > world else 0  # BatchNorm needs two images on each process
+    return order[: n_steps * batch_size].view(n_steps, batch_size)
 
 
 def train_batches(images, members, batch_size, epochs, seed=0, start=(0, 0), rank=0, world=1, workers=0,
@@ -408,51 +397,52 @@ def train_batches(images, members, batch_size, epochs, seed=0, start=(0, 0), ran
     """
     def plan():
         for epoch in range(start[0], epochs):
-            for step, batch in enumerate(epoch_batches(members, epoch, seed, batch_size, world)):
-                if (epoch, step) >= start:
-                    yield epoch, batch[rank::world]
+            batches = epoch_batches(members, epoch, seed, batch_size, world)[:, rank::world]
+            if epoch == start[0]:
+                batches = batches[start[1]:]
+            yield epoch, batches
 
     if images.x is None:
         files = Files(images, members, train_transform(images.res, autoaugment), seed)
         yield from from_files(files, plan(), workers, device)
         return
+
+    # From memory: what an epoch needs goes to the device once, so that no step waits for a copy
     policy = T.AutoAugment(T.AutoAugmentPolicy.CIFAR10)
-    for epoch, index in plan():
-        index = index.to(device)
-        x = crop_and_flip(images.x[index], uniform(seed, index, (AUGMENT, epoch), (3,)))
-        if autoaugment:
-            pictures = []
-            for number, picture in zip(index.tolist(), x):
-                pictures.append(seeded(key(seed, epoch, number), policy, picture))
-            x = torch.stack(pictures)
-        yield index, x.float().div_(255), images.y[index]
+    padded = F.pad(images.x, (PAD, PAD, PAD, PAD))
+    for epoch, batches in plan():
+        index = batches.to(device)  # (n_steps, N)
+        y = images.y[index]
+        u = uniform(seed, index.flatten(), (AUGMENT, epoch), (3,)).view(*index.shape, 3)
+        row, column = crop_and_flip(u, images.res)  # (n_steps, N, res)
+        for step in range(len(batches)):
+            x = padded[index[step, :, None, None], :, row[step, :, :, None], column[step, :, None]]
+            x = x.permute(0, 3, 1, 2)  # (N, res, res, 3) -> (N, 3, res, res)
+            if autoaugment:
+                pictures = []
+                for number, picture in zip(batches[step].tolist(), x):
+                    pictures.append(seeded(key(seed, epoch, number), policy, picture))
+                x = torch.stack(pictures)
+            yield index[step], x.float().div_(255), y[step]
 
 
 def eval_batches(images, members, batch_size, workers=0, device="cpu"):
     """Yields (index, x, y) of `members` in order, not augmented; nothing padded, nothing dropped."""
-    plan = [index for index in members.split(batch_size) if len(index) > 0]
     if images.x is None:
         files = Files(images, members, eval_transform(images.res))
-        yield from from_files(files, [(0, index) for index in plan], workers, device)
+        yield from from_files(files, [(0, members.split(batch_size))], workers, device)
         return
-    for index in plan:
-        index = index.to(device)
-        yield index, images.x[index].float().div_(255), images.y[index]
+    for index in members.to(device).split(batch_size):
+        if len(index) > 0:  # no members are split into one empty part
+            yield index, images.x[index].float().div_(255), images.y[index]
 
 
-def crop_and_flip(x, u, pad=4):
-    """Pad by 4 zeros, crop at random, mirror half: x (N, 3, H, W) and u (N, 3) in [0, 1) -> as x."""
-    n, _, h, w = x.shape
-    top, left = (u[:, :2] * (2 * pad + 1)).long().T
-    unchanged = u[:, 2:] < 0.5
-    row = top[:, None] + torch.arange(h, device=x.device)  # (N, H)
-    column = torch.arange(w, device=x.device).expand(n, w)
-    column = torch.where(unchanged, column, w - 1 - column)
-    column = left[:, None] + column  # (N, W)
-    image = torch.arange(n, device=x.device)[:, None, None]
-    padded = F.pad(x, (pad, pad, pad, pad))
-    cropped = padded[image, :, row[:, :, None], column[:, None]]  # (N, H, W, 3)
-    return cropped.permute(0, 3, 1, 2)
+def crop_and_flip(u, res):
+    """u (..., 3) -> rows and columns of a crop from a padded image, (..., res) int64, half mirrored."""
+    position = torch.arange(res, device=u.device)
+    top, left = (u[..., :2] * (2 * PAD + 1)).long().unbind(-1)
+    column = torch.where(u[..., 2:] < 0.5, position, position.flip(0))
+    return top[..., None] + position, left[..., None] + column
 
 
 # Image files
@@ -479,10 +469,15 @@ def seeded(seed, function, *arguments):
 
 
 def to_rgb(picture):
-    """8 bits a channel from any picture; Pillow alone clips 16-bit greys to white."""
-    if picture.mode.startswith("I"):
+    """8 bits a channel. Pillow alone would clip 16-bit greys to white, and fractions to black."""
+    sixteen_bits = picture.mode.startswith("I;16")
+    if picture.mode == "I":  # 32 bits: older versions of Pillow read 16-bit greys so
+        sixteen_bits = picture.format in ("PNG", "PPM")
+    if sixteen_bits:
         high_byte = (np.asarray(picture) >> 8).astype(np.uint8)
         picture = Image.fromarray(high_byte)
+    if picture.mode not in EIGHT_BITS:
+        raise ValueError(f"Pillow's mode {picture.mode}, which is not known to fit 8 bits")
     return picture.convert("RGB")
 
 
@@ -492,7 +487,7 @@ def read_picture(file):
 
 
 class Files(Dataset):
-    """(epoch, index) -> index, uint8 image or None, label, [str] the files that could not be read.
+    """(epoch, index) -> index, uint8 image, label.
 
     In training the next member replaces an unreadable image; evaluation (seed None) has to stop.
     """
@@ -502,49 +497,39 @@ class Files(Dataset):
         self.members = members.tolist()
         self.transform = transform
         self.seed = seed
-        self.n_attempts = 1 if seed is None else MOST_UNREADABLE
 
     def __getitem__(self, item):
         epoch, index = item
         unreadable = []
-        for _ in range(self.n_attempts):
+        while True:
             file = self.images.file(index)
             try:
                 picture = read_picture(file)
+                break
             except Exception as error:  # Pillow raises half a dozen kinds for a damaged file
-                unreadable.append(f"{file} ({reason(error)})")
-                after = bisect.bisect(self.members, index)
-                index = self.members[after % len(self.members)]
-            else:
-                x = seeded(key(self.seed, epoch, index), self.transform, picture)
-                return index, x, self.images.y[index], unreadable
-        return index, None, self.images.y[index], unreadable
-
-
-def collate(items):
-    """A list of what `Files` gives -> index (N,), x (N, 3, H, W) or None, y (N,), unreadable [str]."""
-    index, x, y, unreadable = zip(*items)
-    if any(image is None for image in x):
-        stacked = None
-    else:
-        stacked = torch.stack(x)
-    return torch.tensor(index), stacked, torch.stack(y), sum(unreadable, [])
+                sentence = f"cannot read {file} ({reason(error)})"
+            if self.seed is None:
+                raise OSError(f"{sentence}; fix it: skipping it would change the score")
+            unreadable.append(sentence)
+            if len(unreadable) == MOST_UNREADABLE:
+                raise OSError(f"{sentence}, as many before it; is the disk still there?")
+            after = bisect.bisect(self.members, index)
+            index = self.members[after % len(self.members)]
+        for sentence in unreadable:
+            print(printable(f"{sentence}; training takes the next image"), flush=True)
+        x = seeded(key(self.seed, epoch, index), self.transform, picture)
+        return torch.tensor(index), x, self.images.y[index]
 
 
 def from_files(files, plan, workers, device):
-    """The batches of `plan`, (epoch, index) each, read by worker processes -> (index, x, y)."""
+    """The batches of `plan`, (epoch, its batches) each, read by worker processes -> (index, x, y)."""
     def requests():
-        for epoch, index in plan:  # made as the loader asks for them
-            yield [(epoch, number) for number in index.tolist()]
+        for epoch, batches in plan:  # made as the loader asks for them
+            for index in batches:
+                if len(index) > 0:
+                    yield [(epoch, number) for number in index.tolist()]
 
-    pin_memory = "cuda" in str(device)
-    for index, x, y, unreadable in from_workers(files, requests(), collate, workers, pin_memory):
-        if x is None and files.seed is None:
-            raise SystemExit(f"cannot read {unreadable[-1]}; fix it: skipping it would change the score")
-        if x is None:
-            raise SystemExit(f"cannot read {unreadable[-1]} and {MOST_UNREADABLE - 1} images before it; "
-                             "is the disk still there?")
-        files.images.unreadable += unreadable
+    for index, x, y in from_workers(files, requests(), workers, pin_memory="cuda" in str(device)):
         index = index.to(device, non_blocking=True)
         x = x.to(device, non_blocking=True)
         y = y.to(device, non_blocking=True)
@@ -575,21 +560,26 @@ def leave_session(_):
     os.setsid()
 
 
-def from_workers(dataset, requests, collate_fn, workers, pin_memory=False):
-    """Yields collate_fn([dataset[item], ...]) for each request, a list of items, in their order.
+def from_workers(dataset, requests, workers, pin_memory=False):
+    """Yields [dataset[item], ...], collated, for each request, a list of items, in their order.
 
     The workers end with this generator, whatever ends it, and within seconds of a main process that
-    was killed.
+    was killed. Tensors are stacked in shared memory, in the worker: where it is full, that raises.
     """
-    loader = DataLoader(dataset, batch_sampler=requests, num_workers=workers, collate_fn=collate_fn,
-                        worker_init_fn=leave_session, pin_memory=pin_memory,
+    loader = DataLoader(dataset, batch_sampler=requests, num_workers=workers, pin_memory=pin_memory,
+                        worker_init_fn=leave_session, timeout=3600 if workers else 0,
                         generator=torch.Generator())  # or it would advance torch's global one
     batches = iter(loader)
     try:
         for batch in batches:
             yield batch
+    except OSError as error:  # our sentence, the last line of a worker's traceback
+        raise SystemExit(str(error).splitlines()[-1].removeprefix("OSError: "))
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "shared memory" in str(error):
+            raise SystemExit(f"no room in /dev/shm for the batches of {workers} workers; use less "
+                             "--workers, a smaller --batch-size, or docker run --shm-size 8g")
+        if not str(error).startswith("DataLoader"):  # so it does where a worker ended or is silent
             raise
         raise SystemExit(f"{error}; is there enough memory? Use less than --workers {workers}")
     finally:
@@ -598,175 +588,74 @@ def from_workers(dataset, requests, collate_fn, workers, pin_memory=False):
 
 # Shrink: an image folder again, with smaller pictures
 
-JPEG_QUALITY = 95  # Pillow's advice: above it files grow and pictures hardly improve
-LANCZOS = T.InterpolationMode.LANCZOS  # bicubic would change evaluation's pixels more
-
-
-def smaller(file, short):
-    """The bytes of a picture with its shorter side at most `short` pixels; its own bytes if it is small.
-
-    What the loader sees is what is resized: grey, CMYK, palette and 16-bit pictures as `to_rgb` makes
-    them. The format is that of the file's name: a PNG stays a PNG, and only JPEG and WebP are lossy.
-    """
-    content = file.read_bytes()
-    picture = to_rgb(Image.open(io.BytesIO(content)))  # decodes it: a damaged small one is found too
-    if min(picture.size) <= short:
-        return content
-    picture = T.Resize(short, LANCZOS)(picture)
-    image_format = Image.registered_extensions()[file.suffix.lower()]
-    written = io.BytesIO()
-    if image_format in ("JPEG", "WEBP"):  # the others know no quality; a compressed TIFF refuses it
-        picture.save(written, image_format, quality=JPEG_QUALITY)
-    else:
-        picture.save(written, image_format)
-    return written.getvalue()
-
-
-def write_whole(path, write, previous=None):
-    """Call write(file) on a hidden file beside `path`, flush it to the disk and rename it.
-
-    So `path` never holds half of a file. previous: the name that the file of before gets.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            path.replace(previous)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 class Shrink(Dataset):
-    """A picture's number -> (outcome, detail): ("done", ""), ("unreadable", file) or ("failed", why).
+    """A picture's path -> "", and the picture is written; or why it cannot be read."""
 
-    An exception would come out of a worker as a page of traceback, so outcomes are returned.
-    """
-
-    def __init__(self, source, target, paths, short):
+    def __init__(self, source, target, short):
         self.source = source
         self.target = target
-        self.paths = np.array(paths)
         self.short = short
 
-    def __getitem__(self, number):
-        path = str(self.paths[number])
+    def __getitem__(self, path):
+        source = self.source / path
+        target = self.target / path
         try:
-            content = smaller(self.source / path, self.short)
+            picture = read_picture(source)
         except Exception as error:  # Pillow raises half a dozen kinds for a damaged file
-            return "unreadable", f"{self.source / path} ({reason(error)})"
+            return f"{source} ({reason(error)})"
+
+        def write(file):
+            if min(picture.size) <= self.short:
+                file.write(source.read_bytes())
+                return
+            smaller = T.Resize(self.short, LANCZOS)(picture)
+            image_format = Image.registered_extensions()[source.suffix.lower()]  # a PNG stays a PNG
+            if image_format in ("JPEG", "WEBP"):
+                smaller.save(file, image_format, quality=95)
+            else:  # a compressed TIFF refuses a quality
+                smaller.save(file, image_format)
+
         try:
-            write_whole(self.target / path, content)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(target, write)
         except OSError as error:
-            return "failed", f"cannot write {self.target / path} ({reason(error)})"
-        return "done", ""
-
-
-def list_pictures(root):
-    """The pictures anywhere below a folder, as sorted paths relative to it."""
-    def stop(error):
-        raise SystemExit(f"cannot list {error.filename} ({reason(error)}); make it readable")
-
-    paths = []
-    for folder, _, files in os.walk(root, onerror=stop, followlinks=True):
-        below = os.path.relpath(folder, root)
-        for name in files:
-            path = os.path.normpath(os.path.join(below, name))
-            if is_picture(path):
-                paths.append(path)
-    return sorted(paths)
-
-
-def claim_folder(source, target, short):
-    """Make TO or go on in it; SystemExit where that could mix or overwrite pictures."""
-    if not source.is_dir():
-        raise SystemExit(f"{source} is not a folder; FROM is one with pictures in class folders")
-    if source == target or source in target.parents or target in source.parents:
-        raise SystemExit(f"{target} overlaps {source}; give a TO beside it, as {source}-{short}")
-    if target.exists() and not target.is_dir():
-        raise SystemExit(f"{target} is a file; TO is a folder, a new one or an empty one")
-    record = target / ".shrink"  # hidden, as the temporary files are: no loader takes them for data
-    command = f"shrink {source} --short {short}\n"
-    if record.exists():
-        earlier = record.read_text()
-        if earlier != command:
-            raise SystemExit(f"{target} holds the pictures of {earlier.strip()}; use another TO")
-    elif target.exists() and any(target.iterdir()):
-        raise SystemExit(f"{target} is not empty; TO is a new folder, an empty one, or one to go on in")
-    else:
-        try:
-            write_whole(record, command.encode())
-        except OSError as error:
-            raise SystemExit(f"cannot write {record} ({reason(error)}); give a TO on a disk with room")
+            raise OSError(f"cannot write {target} ({reason(error)}); once that is fixed, the same "
+                          "command goes on")
+        return ""
 
 
 def shrink(source, target, short, workers):
     """Write every picture below `source` again below `target` -> exit code, 1 if one was unreadable."""
-    source = source.expanduser().resolve()
-    target = target.expanduser().resolve()
-    claim_folder(source, target, short)
-    show(f"listing {source}")
-    paths = list_pictures(source)
+    paths = find_pictures(source)
     if not paths:
         raise SystemExit(f"no pictures below {source}; FROM is a folder with pictures in class folders")
-
-    # A picture under its final name is finished; the others are read and written by the workers
-    remaining = [path for path in paths if not (target / path).exists()]
-    n_before = len(paths) - len(remaining)
-    if n_before > 0:
-        say(f"{n_before} of {len(paths)} pictures are there already")
-    numbers = torch.arange(len(remaining))
-    requests = [part.tolist() for part in numbers.split(8) if len(part) > 0]  # Ctrl-C waits for 8
+    remaining = [path for path in paths if not (target / path).exists()]  # what is there is whole
+    n_there = len(paths) - len(remaining)
+    say(f"{n_there} of {len(paths)} pictures are there already")
     began = time.monotonic()
-    last_line = began
-    n_done = 0
     unreadable = []
-    for outcomes in from_workers(Shrink(source, target, remaining, short), requests, list, workers):
-        for outcome, detail in outcomes:
-            if outcome == "failed":
-                show("")
-                raise SystemExit(f"{detail}; once that is fixed, the same command goes on")
-            if outcome == "unreadable":
-                unreadable.append(detail)
-        n_done += len(outcomes)
-        now = time.monotonic()
-        speed = n_done / (now - began)
-        time_left = duration((len(remaining) - n_done) / speed)
-        progress = f"{n_before + n_done}/{len(paths)} pictures | {speed:.0f} img/s | {time_left} left"
-        if now - last_line > 60 and not sys.stdout.isatty():  # into a file, a line a minute
-            say(progress)
-            last_line = now
-        show(progress)
-
-    # What could not be read is named at the end, where it is seen
+    requests = ([path] for path in remaining)
+    for n_done, answer in enumerate(from_workers(Shrink(source, target, short), requests, workers), 1):
+        unreadable += filter(None, answer)
+        seconds_each = (time.monotonic() - began) / n_done
+        time_left = duration(seconds_each * (len(remaining) - n_done))
+        show(f"{n_there + n_done}/{len(paths)} pictures | {time_left} left")
     for line in unreadable:
         say(f"skipped {line}")
-    n_there = len(paths) - len(unreadable)
-    say(f"{n_there} of {len(paths)} pictures are in {target}, {len(unreadable)} unreadable ones skipped")
+    say(f"all pictures are in {target}, without {len(unreadable)} unreadable ones")
     return 1 if unreadable else 0
 
 
-def get_args(argv=None):
-    parser = argparse.ArgumentParser(description="Prepare data; training itself needs none of this.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("shrink", help="write an image folder again with smaller pictures")
-    p.add_argument("source", metavar="FROM", type=Path, help="folder of pictures, e.g. data/imagenet")
-    p.add_argument("target", metavar="TO", type=Path, help="folder to write, new or empty")
-    p.add_argument("--short", type=int, default=288, help="most pixels of a picture's shorter side")
-    p.add_argument("--workers", type=int, default=n_cores(), help="processes; default: the cores")
-    args = parser.parse_args(argv)
-    if args.short < 32:
-        parser.error(f"--short {args.short} is too small for any network; use 32 or more")
-    if args.workers < 0:
-        parser.error(f"--workers {args.workers} is not a number of processes; use 0 or more")
-    return args
-
-
 def main():
-    args = get_args()
+    parser = argparse.ArgumentParser(description="Prepare data; training itself needs none of this.")
+    parser.add_argument("command", choices=["shrink"], help="write a folder again with smaller pictures")
+    parser.add_argument("source", metavar="FROM", type=Path, help="folder of pictures: data/imagenet")
+    parser.add_argument("target", metavar="TO", type=Path, help="folder to write, new or to go on in")
+    parser.add_argument("--short", type=int, default=288, help="most pixels of the shorter side")
+    parser.add_argument("--workers", type=int, default=n_cores(), help="processes; default: the cores")
+    args = parser.parse_args()
+    if args.short < 32 or args.workers < 0:
+        parser.error("--short needs at least 32 pixels, --workers 0 or more processes")
     try:
         return shrink(args.source, args.target, args.short, args.workers)
     except KeyboardInterrupt:
@@ -775,5 +664,4 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())
