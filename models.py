@@ -372,8 +372,8 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def on_device(net, device):
     """net, moved to a device; on a GPU in the layout in which convolutions are fastest."""
-    is_gpu = torch.device(device).type == "cuda"
-    return net.to(device, memory_format=torch.channels_last if is_gpu else torch.contiguous_format)
+    layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+    return net.to(device, memory_format=layout)
 
 
 def set_numerics(dtype):

@@ -555,10 +555,10 @@ class TestModels(unittest.TestCase):
             for initial in ("sat", "torch"):
                 net = build(arch, initial=initial)
                 for name, module in net.named_modules():
-                    *_, kind = name.split(".")
+                    own_name = name.rpartition(".")[2]
                     with self.subTest(arch, initial=initial, layer=name):
                         if isinstance(module, nn.BatchNorm2d):  # the last of a residual block
-                            gamma = 0 if kind == last_norm and initial == "sat" else 1
+                            gamma = 0 if own_name == last_norm and initial == "sat" else 1
                             self.assertTrue((module.weight == gamma).all())
                         elif getattr(module, "bias", None) is not None:
                             self.assertEqual(module.bias.any().item(), initial == "torch")
