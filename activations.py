@@ -90,6 +90,13 @@ class SmoothReLU(nn.Module):
         return f"alpha={self.alpha.item():.4g}"
 
 
+class CentredSoftplus(nn.Module):
+    """Softplus - log 2, which is 0 at 0: trains from the start where Softplus stalls (README, Sec. 7)."""
+
+    def forward(self, x):
+        return F.softplus(x, threshold=40) - math.log(2)
+
+
 # Where beta * x > threshold, torch's softplus returns x itself; the default, 20, makes a jump of 2e-9
 Softplus = partial(nn.Softplus, threshold=40)
 
@@ -97,6 +104,7 @@ Softplus = partial(nn.Softplus, threshold=40)
 ACTIVATIONS = {
     "relu": ReLU,
     "softplus": Softplus,  # Sec. 4.1, alpha 1
+    "softplus_centred": CentredSoftplus,  # not in the paper
     "psoftplus": Softplus,  # Parametric Softplus, Eq. 2, with the alpha below
     "silu": nn.SiLU,  # Sec. 4.1
     "gelu": nn.GELU,  # Sec. 4.1, x Phi(x) exactly
