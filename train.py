@@ -40,6 +40,8 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not take a busy machine's time
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
