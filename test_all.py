@@ -2784,14 +2784,15 @@ class TestTrainPieces(unittest.TestCase):
                 self.assertEqual(n, len(list(net.parameters())))
 
     def test_each_recipe_has_its_initial_weights_and_its_decay(self):
-        for name, initial, decay in (("imagenet", "sat", "weights"), ("cifar10", "torch", "all")):
+        for name, initial, decay in (("imagenet", "sat", "weights"), ("cifar10", "torch", "all"),
+                                     ("shapes", "torch", "all")):
             with self.subTest(name):
                 args = flags_of(f"--data {name}")
                 self.assertEqual((args.initial, args.decay), (initial, decay))
                 torch.manual_seed(0)
                 state = train.network(args, 10).state_dict()
                 torch.manual_seed(0)
-                expected = build(args.arch, args.act, 10, small_input=name == "cifar10", initial=initial)
+                expected = build(args.arch, args.act, 10, small_input=name != "imagenet", initial=initial)
                 for key, tensor in expected.state_dict().items():
                     self.assertTrue(torch.equal(state[key], tensor), key)
 

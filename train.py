@@ -69,7 +69,7 @@ RECIPES = {
                     wd=5e-4, initial="torch", decay="all", eps=8, step_size=8, holdout=1000, val_every=5,
                     log_every=50),
     "shapes": dict(arch="resnet8", act="silu", epochs=8, schedule="onecycle", batch_size=64, lr=0.1,
-                   wd=5e-4, initial="sat", decay="weights", eps=8, step_size=8, holdout=500, val_every=2,
+                   wd=5e-4, initial="torch", decay="all", eps=8, step_size=8, holdout=500, val_every=2,
                    log_every=20),
 }
 # SAT Sec. 5.2; stochastic depth as in EfficientNet. --enhanced also means each network's own dropout
