@@ -502,8 +502,7 @@ class Files(Dataset):
 
     def __getitem__(self, item):
         epoch, index = item
-        unreadable = []
-        while True:
+        for _ in range(MOST_UNREADABLE):
             file = self.images.file(index)
             try:
                 picture = read_picture(file)
@@ -512,13 +511,11 @@ class Files(Dataset):
                 sentence = f"cannot read {file} ({reason(error)})"
             if self.seed is None:
                 raise OSError(f"{sentence}; fix it: skipping it would change the score")
-            unreadable.append(sentence)
-            if len(unreadable) == MOST_UNREADABLE:
-                raise OSError(f"{sentence}, as many before it; is the disk still there?")
+            print(printable(f"{sentence}; training takes the next image"), flush=True)
             after = bisect.bisect(self.members, index)
             index = self.members[after % len(self.members)]
-        for sentence in unreadable:
-            print(printable(f"{sentence}; training takes the next image"), flush=True)
+        else:
+            raise OSError(f"{sentence} nor {MOST_UNREADABLE - 1} before it; is the disk still there?")
         x = seeded(key(self.seed, epoch, index), self.transform, picture)
         return torch.tensor(index), x, self.images.y[index]
 
@@ -580,8 +577,8 @@ def from_workers(dataset, requests, workers, pin_memory=False):
         if isinstance(error, OSError):  # our own sentence, the end of a worker's traceback
             sentence = text.rpartition("OSError: ")[2]
         elif "shared memory" in text:
-            sentence = (f"no room in /dev/shm for the batches of {workers} workers; use less --workers, a "
-                        "smaller --batch-size, or docker run --shm-size 8g")
+            sentence = (f"no room in /dev/shm for the batches of {workers} workers; use less --workers, "
+                        "a smaller --batch-size, or docker run --shm-size 8g")
         elif text.startswith("DataLoader"):  # a worker has ended, or is silent
             sentence = f"{text}; is there enough memory? Use less than --workers {workers}"
         else:

@@ -1907,21 +1907,8 @@ class TestSubsets(unittest.TestCase):
         self.assertEqual(held_out.tolist(), [51])
 
     def test_the_order_of_an_epoch_never_changes(self):
-        batches = data.epoch_batches(torch.arange(10), epoch=3, seed=7, batch_size=5)
-        self.assertEqual([batch.tolist() for batch in batches], [[9, 5, 6, 1, 7], [0, 4, 8, 3, 2]])
-
-    def test_a_smaller_limit_is_a_part_of_a_larger_one(self):
-        limits = (0, 1, 10, 500, 999, 1000, 5000, None)
-        for limit, next_limit in itertools.pairwise(limits):
-            with self.subTest(limit=limit):
-                subset = data.subset(1000, limit).tolist()
-                self.assertEqual(len(set(subset)), min(limit, 1000))
-                self.assertEqual(subset, sorted(subset))
-                self.assertLessEqual(set(subset), set(data.subset(1000, next_limit).tolist()))
-
-    def test_a_limit_mixes_the_classes_of_a_sorted_folder(self):
-        labels = data.subset(50_000, 1000) // 50
-        self.assertGreater(len(labels.unique()), 500)
+        batches = data.epoch_batches(torch.arange(20, 30), epoch=3, seed=7, batch_size=5)
+        self.assertEqual(batches.tolist(), [[29, 25, 26, 21, 27], [20, 24, 28, 23, 22]])
 
     def test_held_out_images_are_at_most_a_tenth_and_never_trained_on(self):
         for n, limit, holdout in itertools.product((1000, 15), (None, 200, 950), (0, 50, 90, 500)):
@@ -1932,55 +1919,36 @@ class TestSubsets(unittest.TestCase):
                 self.assertEqual(len(train), min(n_asked, n - len(held_out)))
                 self.assertFalse(set(train.tolist()) & set(held_out.tolist()))
 
-    def test_an_epoch_covers_each_member_once(self):
-        members = data.subset(500, 100)
-        order = data.epoch_batches(members, epoch=3, seed=0, batch_size=10).flatten()
-        self.assertEqual(order.sort().values.tolist(), members.tolist())
-
-    def test_a_short_last_batch_is_dropped_where_there_is_another(self):
-        for n, batch_size, world, sizes in ((11, 5, 1, [5, 5]), (15, 8, 2, [8]), (16, 8, 2, [8, 8]),
-                                            (4, 2, 2, [2, 2]), (8, 8, 1, [8])):
+    def test_the_batches_of_an_epoch_are_full_or_one_that_splits_over_the_processes(self):
+        for n, batch_size, world, sizes in (
+                (11, 5, 1, [5, 5]), (15, 8, 2, [8]), (16, 8, 2, [8, 8]), (4, 2, 2, [2, 2]),
+                (8, 8, 1, [8]), (7, 128, 1, [7]), (7, 128, 2, [6]), (7, 128, 3, [6]),
+                (3, 128, 2, []), (1, 128, 1, []), (0, 128, 1, [])):  # BatchNorm needs two a process
             with self.subTest(n=n, batch_size=batch_size, world=world):
                 batches = data.epoch_batches(torch.arange(n), 0, 0, batch_size, world)
                 self.assertEqual([len(batch) for batch in batches], sizes)
 
-    def test_fewer_images_than_a_batch_are_one_batch_that_splits_over_the_processes(self):
-        for n, world, sizes in ((7, 1, [7]), (7, 2, [6]), (7, 3, [6]),
-                                (3, 2, []), (1, 1, []), (0, 1, [])):
-            with self.subTest(n=n, world=world):  # BatchNorm needs two images a process
-                batches = data.epoch_batches(torch.arange(n), 0, 0, 128, world)
-                self.assertEqual([len(batch) for batch in batches], sizes)
 
-
-# The first picture of each class at 16 pixels: red, green and blue at (8, 8) and at (2, 13)
+# The first picture of each class at 16 pixels: red, green and blue at (8, 8)
 TEST_CENTRES = [
     [210, 109, 148], [82, 78, 62], [197, 187, 113], [60, 66, 64], [103, 126, 104],
     [95, 145, 156], [147, 159, 180], [120, 112, 175], [69, 47, 60], [82, 52, 57]]
-TEST_CORNERS = [
-    [78, 76, 73], [60, 70, 58], [74, 80, 53], [39, 67, 34], [87, 56, 57],
-    [88, 99, 73], [77, 68, 40], [67, 42, 47], [100, 68, 80], [82, 66, 60]]
 TRAIN_CENTRES = [
     [133, 77, 76], [85, 46, 50], [121, 176, 109], [79, 75, 61], [77, 150, 136],
     [87, 136, 105], [79, 166, 198], [114, 101, 112], [45, 64, 70], [94, 75, 45]]
-TRAIN_CORNERS = [
-    [53, 24, 20], [74, 53, 58], [79, 83, 60], [111, 121, 103], [84, 109, 102],
-    [65, 56, 49], [64, 90, 121], [70, 78, 37], [45, 56, 96], [85, 76, 39]]
 
 
 class TestShapes(unittest.TestCase):
     """The data set that data.py draws itself."""
 
     def test_the_pictures_never_change(self):
-        for training, centres, corners in ((False, TEST_CENTRES, TEST_CORNERS),
-                                           (True, TRAIN_CENTRES, TRAIN_CORNERS)):
+        for training, centres in ((False, TEST_CENTRES), (True, TRAIN_CENTRES)):
             with self.subTest(training=training):
                 x, y = data.draw_shapes(10, 16, training)
                 self.assertEqual(y.tolist(), list(range(10)))
-                centre_difference = x[:, :, 8, 8].long() - torch.tensor(centres)
-                corner_difference = x[:, :, 2, 13].long() - torch.tensor(corners)
+                difference = x[:, :, 8, 8].long() - torch.tensor(centres)
                 # 1 and not 0: the cosine of another processor may end in another bit
-                self.assertLessEqual(centre_difference.abs().max(), 1)
-                self.assertLessEqual(corner_difference.abs().max(), 1)
+                self.assertLessEqual(difference.abs().max(), 1)
 
     def test_large_pictures_are_drawn_a_few_at_a_time_and_never_change(self):
         x, _ = data.draw_shapes(18, 256, train=True)  # 16 at a time: the last is in the second part
@@ -2039,7 +2007,7 @@ class TestFolders(TemporaryFolder):
         image_folder(self.root)
         image_folder(self.root / "elsewhere", classes=["more"], n=2)
         expected = self.load()
-        links = (("cat/again", "."), ("cat/loop", ".."), ("cat/dogs", "../dog"), ("owl/top", "../../.."))
+        links = (("cat/again", "."), ("cat/loop", ".."), ("cat/dogs", "../dog"), ("owl/top", "../.."))
         for name, target in links:
             (self.root / "train" / name).symlink_to(target)
         self.assertEqual(self.load().paths.tolist(), expected.paths.tolist())
@@ -2096,16 +2064,11 @@ class TestFolders(TemporaryFolder):
         with mock.patch("data.CIFAR10", side_effect=URLError("no network")):
             refuses(self, SystemExit, words, data.load, "cifar10", self.root, download=True)
 
-    def test_one_class_of_a_trained_network_can_be_evaluated(self):
+    def test_the_classes_of_a_trained_network_map_by_name_and_one_of_them_is_enough(self):
         image_folder(self.root, classes=["dog"], split="val")
-        images = self.load(train=False, classes=["cat", "dog"])
-        self.assertEqual(images.y.tolist(), [1] * 5)
-
-    def test_classes_map_by_name(self):
-        image_folder(self.root, classes=["dog", "owl"], split="val")
         images = self.load(train=False, classes=["cat", "owl", "dog"])
         self.assertEqual(images.classes, ["cat", "owl", "dog"])
-        self.assertEqual(images.y.tolist(), [2] * 5 + [1] * 5)
+        self.assertEqual(images.y.tolist(), [2] * 5)
 
     def test_evaluation_crops_off_32_pixels_and_below_224_a_seventh_of_the_resolution(self):
         for res, shorter_side in ((224, 256), (299, 331), (380, 412), (64, 73), (32, 36)):
@@ -2236,17 +2199,11 @@ class TestBatches(unittest.TestCase):
                 x_in_three = self.pixels_of(images, range(18), in_three)
                 self.assertTrue(torch.equal(x, x_in_three))
 
-    def test_two_images_of_an_epoch_are_augmented_each_in_its_own_way(self):
-        # Nine times the same picture
+    def test_one_file_under_several_numbers_is_augmented_each_time_in_another_way(self):
         y = torch.zeros(9, dtype=torch.long)
-        picture = torch.randint(256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0))
-        in_memory = data.Images(["one", "two"], 16, y, picture.byte().expand(9, 3, 16, 16))
-        in_files = data.Images(["one", "two"], 16, y, root=self.root,
-                               paths=np.array(["train/cat/cat0.JPEG"] * 9))
-        for name, images in (("memory", in_memory), ("files", in_files)):
-            with self.subTest(name):
-                _, x, _ = next(data.train_batches(images, torch.arange(9), 9, 1))
-                self.assertGreater(len(x.flatten(1).unique(dim=0)), 6)
+        images = data.Images(["one"], 16, y, root=self.root, paths=np.array(["train/cat/cat0.JPEG"] * 9))
+        _, x, _ = next(data.train_batches(images, torch.arange(9), 9, 1))
+        self.assertGreater(len(x.flatten(1).unique(dim=0)), 6)
 
     def test_another_epoch_or_seed_augments_anew(self):
         for name, images in (("shapes", self.shapes), ("files", self.folder)):
@@ -2329,11 +2286,6 @@ class TestUnreadable(TemporaryFolder):
         self.assertRegex(process.stdout, r"cannot read .*dog1\\xe9.JPEG \(.*truncated.*training takes")
         self.assertRegex(process.stdout, r"cannot read .*dog2.JPEG \(not an image\); training takes")
         assert_sentence(self, process.stderr.strip(), r"cannot read .*dog1\S*.JPEG .*change the score")
-
-    def test_a_file_that_vanished_is_unreadable_too(self):
-        (self.root / "train/cat/cat0.JPEG").unlink()
-        batches = data.eval_batches(self.images, torch.tensor([0]), 1)
-        refuses(self, SystemExit, r"cat0.JPEG \(No such file.*fix it", list, batches)
 
     def test_training_stops_where_nothing_can_be_read(self):
         batches = data.train_batches(self.images, torch.tensor([6, 7]), 2, 1)
@@ -2426,6 +2378,7 @@ class TestWorkers(TemporaryFolder):
     def test_a_batch_that_does_not_fit_into_shared_memory_ends_it(self):
         batches = data.from_workers(Enormous(), [[0, 1]], workers=1)
         refuses(self, SystemExit, "no room in /dev/shm.*less --workers.*--shm-size", list, batches)
+        self.assertEqual(multiprocessing.active_children(), [])
 
 
 class TestFingerprint(TemporaryFolder):
@@ -2548,12 +2501,6 @@ class TestShrink(TemporaryFolder):
                 seen = data.read_picture(self.target / "val/dog" / name)
                 self.assertLessEqual(mean_difference(seen, expected), most)
 
-    def test_the_shrunk_folder_loads_as_the_same_data_set(self):
-        image_folder(self.source, classes=["dog"], split="train")
-        self.shrink()
-        images = data.load("imagenet", self.target, res=32)
-        self.assertEqual(images.names_hash(), data.load("imagenet", self.source, res=32).names_hash())
-
     def test_workers_write_the_same_files(self):
         self.shrink()
         expected = files_below(self.target)
@@ -2605,9 +2552,6 @@ class TestShrink(TemporaryFolder):
             _, sentence = self.shrink()
         self.assertIn("the same command goes on", sentence)
         self.assertEqual(len(files_below(self.target)), 2)
-        text, code = self.shrink()
-        self.assertEqual(code, 0)
-        self.assertIn("2 of 11", text)
 
 
 # train
