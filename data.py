@@ -26,7 +26,7 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 from torchvision.datasets import CIFAR10
@@ -77,7 +77,7 @@ class Images:
         """A hex digest of the pixels in memory; of files it sees the names and sizes, and no more."""
         digest = hashlib.sha256(self.names_hash().encode())
         if self.x is not None:
-            digest.update(self.x.cpu().contiguous().numpy().tobytes())
+            digest.update(self.x.cpu().contiguous().numpy())
         else:
             sizes = [self.file(index).stat().st_size for index in range(self.n)]
             digest.update(repr(sizes).encode())
@@ -103,7 +103,9 @@ def write_whole(path, write, previous=None):
 
 
 def reason(error):
-    """Why a file could not be read or written."""
+    """Why a file could not be read or written, without its name, which the caller knows."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -201,16 +203,13 @@ def find_pictures(root):
 
     Each real folder comes once, whatever links lead to it, and none that holds `root`.
     """
-    paths = []
+    found = []  # (class, folder, name), which torchvision sorts by
     left_out = []
-
-    def leave_out(error):
-        left_out.append(f"{error.filename} ({reason(error)})")
-
+    errors = []
     seen = {str(folder) for folder in root.resolve().parents}
     starts = [root]  # then the links, each where no real folder leads
     while starts:
-        for folder, subfolders, files in os.walk(starts.pop(0), onerror=leave_out):
+        for folder, subfolders, files in os.walk(starts.pop(0), onerror=errors.append):
             folder = Path(folder)
             real = os.path.realpath(folder)
             if real in seen:
@@ -218,21 +217,21 @@ def find_pictures(root):
                 continue
             seen.add(real)
             subfolders[:] = visible(subfolders)
-            starts += [folder / name for name in subfolders if (folder / name).is_symlink()]
+            for name in subfolders:
+                link = folder / name
+                if link.is_symlink():
+                    starts.append(link)
             below = folder.relative_to(root)
             for name in visible(files):
                 if name.lower().endswith(IMG_EXTENSIONS):
-                    paths.append(os.path.join(below, name))
+                    found.append((below.parts[:1], str(below), name))
                 else:
                     left_out.append(f"{folder / name} (its name does not end like a picture's)")
-    if paths and left_out:
-        say(f"{len(left_out)} files or folders are left out, e.g. {left_out[0]}")
-    return sorted(paths, key=class_folder_name)
-
-
-def class_folder_name(path):
-    folder, name = os.path.split(path)
-    return path.split(os.sep)[0], folder, name
+    for error in errors:
+        left_out.append(f"{error.filename} ({reason(error)})")
+    if found and left_out:
+        say(f"{len(left_out)} files or folders are left out, e.g. {left_out[-1]}")
+    return [os.path.normpath(os.path.join(folder, name)) for _, folder, name in sorted(found)]
 
 
 def imagenet(folder, train, res, download):
@@ -243,10 +242,10 @@ def imagenet(folder, train, res, download):
         raise SystemExit(f"no images under {root}; --data imagenet needs its --data-dir to hold "
                          "{train,val}/<class>/*.JPEG; see it move without any: --data shapes")
     classes, y = np.unique([path.split(os.sep)[0] for path in paths], return_inverse=True)
-    for entry in root.iterdir():
-        if entry.is_dir() and entry.name not in classes and visible([entry.name]):
-            raise SystemExit(f"{entry} holds no image of its own, and every folder there is a class; "
-                             "remove it, or fill it")
+    for name in visible(os.listdir(root)):
+        if name not in classes and (root / name).is_dir():
+            raise SystemExit(f"{root / name} holds no image of its own, and every folder there is a "
+                             "class; remove it, or fill it")
     return Images(classes.tolist(), res, torch.from_numpy(y), root=root, paths=np.array(paths))
 
 
@@ -287,20 +286,22 @@ SHAPES = ["disc", "ring", "square", "frame", "triangle", "star", "cross", "bar",
 
 def distances(u, v):
     """The signed distance of (u, v) to the edge of each of SHAPES, negative inside."""
+    right = u.abs()
+    up = v.abs()
     radius = torch.hypot(u, v)
-    less = torch.minimum(u.abs(), v.abs())
-    more = torch.maximum(u.abs(), v.abs())
+    less = torch.minimum(right, up)
+    more = torch.maximum(right, up)
     return [
         radius - 0.9,
         (radius - 0.75).abs() - 0.22,
         more - 0.8,
         (more - 0.65).abs() - 0.2,
-        torch.maximum(-v, 0.87 * u.abs() + 0.5 * v) - 0.55,
+        torch.maximum(-v, 0.87 * right + 0.5 * v) - 0.55,
         radius - 0.7 - 0.35 * torch.cos(5 * torch.atan2(u, v)),
         torch.maximum(less - 0.25, more - 1),
-        torch.maximum(u.abs() - 1.1, v.abs() - 0.3),
+        torch.maximum(right - 1.1, up - 0.3),
         torch.maximum(radius - 1, 0.8 - torch.hypot(u - 0.5, v)),
-        torch.hypot(u.abs() - 0.62, v) - 0.42,
+        torch.hypot(right - 0.62, v) - 0.42,
     ]
 
 
@@ -338,8 +339,8 @@ def draw_shapes(n, res, train):
 
         # Its colour, the ground it stands on, the grating over both, and noise
         class_share = y[index, None, None] / len(SHAPES)  # the class's number, in [0, 1)
-        hue = 2 * math.pi * (class_share + 0.4 * tone - 0.2)
-        tint = 1 + 0.5 * torch.cos(hue - 2 * math.pi / 3 * channel)  # (3, N, 1, 1)
+        hue = math.tau * (class_share + 0.4 * tone - 0.2)
+        tint = 1 + 0.5 * torch.cos(hue - math.tau / 3 * channel)  # (3, N, 1, 1)
         ground = 0.15 + 0.2 * torch.stack([red, green, blue])
         ground = ground + 0.1 * (u * (slope_u - 0.5) + v * (slope_v - 0.5))
         frequency = math.pi * (0.5 + 0.5 * class_share)  # radians per pixel
@@ -371,7 +372,9 @@ def hold_out(n, limit=None, holdout=0):
     most = min(n, limit or n) // 10
     n_train = n - min(holdout, most)
     order = fixed_order(n)
-    return order[:n_train][:limit].sort().values, order[n_train:].sort().values
+    members = order[:n_train][:limit]
+    held_out = order[n_train:]
+    return members.sort().values, held_out.sort().values
 
 
 def epoch_batches(members, epoch, seed, batch_size, world=1):
@@ -428,13 +431,14 @@ def train_batches(images, members, batch_size, epochs, seed=0, start=(0, 0), ran
 
 def eval_batches(images, members, batch_size, workers=0, device="cpu"):
     """Yields (index, x, y) of `members` in order, not augmented; nothing padded, nothing dropped."""
+    if len(members) == 0:
+        return
     if images.x is None:
         files = Files(images, members, eval_transform(images.res))
         yield from from_files(files, [(0, members.split(batch_size))], workers, device)
         return
     for index in members.to(device).split(batch_size):
-        if len(index) > 0:  # no members are split into one empty part
-            yield index, images.x[index].float().div_(255), images.y[index]
+        yield index, images.x[index].float().div_(255), images.y[index]
 
 
 def crop_and_flip(u, res):
@@ -470,10 +474,8 @@ def seeded(seed, function, *arguments):
 
 def to_rgb(picture):
     """8 bits a channel. Pillow alone would clip 16-bit greys to white, and fractions to black."""
-    sixteen_bits = picture.mode.startswith("I;16")
-    if picture.mode == "I":  # 32 bits: older versions of Pillow read 16-bit greys so
-        sixteen_bits = picture.format in ("PNG", "PPM")
-    if sixteen_bits:
+    sixteen_bits = picture.mode == "I" and picture.format in ("PNG", "PPM")
+    if sixteen_bits or picture.mode.startswith("I;16"):
         high_byte = (np.asarray(picture) >> 8).astype(np.uint8)
         picture = Image.fromarray(high_byte)
     if picture.mode not in EIGHT_BITS:
@@ -500,8 +502,7 @@ class Files(Dataset):
 
     def __getitem__(self, item):
         epoch, index = item
-        unreadable = []
-        while True:
+        for _ in range(MOST_UNREADABLE):
             file = self.images.file(index)
             try:
                 picture = read_picture(file)
@@ -510,13 +511,11 @@ class Files(Dataset):
                 sentence = f"cannot read {file} ({reason(error)})"
             if self.seed is None:
                 raise OSError(f"{sentence}; fix it: skipping it would change the score")
-            unreadable.append(sentence)
-            if len(unreadable) == MOST_UNREADABLE:
-                raise OSError(f"{sentence}, as many before it; is the disk still there?")
+            print(printable(f"{sentence}; training takes the next image"), flush=True)
             after = bisect.bisect(self.members, index)
             index = self.members[after % len(self.members)]
-        for sentence in unreadable:
-            print(printable(f"{sentence}; training takes the next image"), flush=True)
+        else:
+            raise OSError(f"{sentence} nor {MOST_UNREADABLE - 1} before it; is the disk still there?")
         x = seeded(key(self.seed, epoch, index), self.transform, picture)
         return torch.tensor(index), x, self.images.y[index]
 
@@ -526,8 +525,7 @@ def from_files(files, plan, workers, device):
     def requests():
         for epoch, batches in plan:  # made as the loader asks for them
             for index in batches:
-                if len(index) > 0:
-                    yield [(epoch, number) for number in index.tolist()]
+                yield [(epoch, number) for number in index.tolist()]
 
     for index, x, y in from_workers(files, requests(), workers, pin_memory="cuda" in str(device)):
         index = index.to(device, non_blocking=True)
@@ -570,20 +568,26 @@ def from_workers(dataset, requests, workers, pin_memory=False):
                         worker_init_fn=leave_session, timeout=3600 if workers else 0,
                         generator=torch.Generator())  # or it would advance torch's global one
     batches = iter(loader)
+    sentence = ""
     try:
         for batch in batches:
             yield batch
-    except OSError as error:  # our sentence, the last line of a worker's traceback
-        raise SystemExit(str(error).splitlines()[-1].removeprefix("OSError: "))
-    except RuntimeError as error:
-        if "shared memory" in str(error):
-            raise SystemExit(f"no room in /dev/shm for the batches of {workers} workers; use less "
-                             "--workers, a smaller --batch-size, or docker run --shm-size 8g")
-        if not str(error).startswith("DataLoader"):  # so it does where a worker ended or is silent
+    except (OSError, RuntimeError) as error:
+        text = str(error).strip()
+        if isinstance(error, OSError):  # our own sentence, the end of a worker's traceback
+            sentence = text.rpartition("OSError: ")[2]
+        elif "shared memory" in text:
+            sentence = (f"no room in /dev/shm for the batches of {workers} workers; use less --workers, "
+                        "a smaller --batch-size, or docker run --shm-size 8g")
+        elif text.startswith("DataLoader"):  # a worker has ended, or is silent
+            sentence = f"{text}; is there enough memory? Use less than --workers {workers}"
+        else:
             raise
-        raise SystemExit(f"{error}; is there enough memory? Use less than --workers {workers}")
+        error.with_traceback(None)  # its frames refer to the iterator
     finally:
         del batches  # the last reference to the loader's iterator: now its workers stop
+    if sentence:
+        raise SystemExit(sentence)
 
 
 # Shrink: an image folder again, with smaller pictures
