@@ -356,7 +356,7 @@ def pgd_search(model, x, y, eps, step_size, steps, index=None, restarts=1, seed=
     iterate; restart and step stay -1. ValueError as `check_arguments` and `check_labels`, and for
     last_iterate with restarts.
     """
-    check_arguments(model, x, y, eps, step_size, steps, restarts, verify)
+    check_arguments(model, x, y, eps, step_size, steps, restarts, verify=verify)
     if last_iterate and restarts > 1:
         raise ValueError(f"restarts is {restarts}; the last iterate is one start's: use restarts=1")
     index = image_numbers(index, x)
@@ -368,13 +368,12 @@ def pgd_search(model, x, y, eps, step_size, steps, index=None, restarts=1, seed=
     search = Search("pgd", x, y, eps, verify, progress)
     rest = search.rest
     rest.index = index
-    rest.correct = clean == y
     search.forwards += 1
     restart_fooled = torch.full_like(y, -1)
     step_fooled = torch.full_like(y, -1)
     robust_at = torch.zeros(len(y), steps + 1, dtype=torch.bool, device=x.device)
     if not last_iterate:
-        search.leave(~rest.correct)
+        search.leave(clean != y)
 
     def objective(logits):
         return cross_entropy(logits, rest.y)
@@ -390,7 +389,7 @@ def pgd_search(model, x, y, eps, step_size, steps, index=None, restarts=1, seed=
         if step < steps:
             logits, rest.grad = search_gradient(model, rest.x_adv, objective)
             if iterate == 0:
-                warnings += zero_gradients(rest.grad[rest.correct])
+                warnings += zero_gradients(rest.grad)
         else:
             logits = forward(model, rest.x_adv)  # nothing comes after the last iterate: no gradient
         search.forwards[rest.row] += 1
@@ -698,7 +697,7 @@ def autoattack(model, x, y, eps, index=None, seed=0, verify=None, attacks=STANDA
     x_adv = x.clone()
     fooled_by = [None] * len(y)
     for name in attacks:
-        n_attempts = n_targets if name.endswith("-t") else 1
+        n_attempts = n_targets if name.endswith("-t") else 1  # -t is for targeted
         for attempt in range(n_attempts):
             rows = robust.nonzero().squeeze(1)
 
