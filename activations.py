@@ -91,7 +91,7 @@ class SmoothReLU(nn.Module):
 
 
 class CentredSoftplus(nn.Module):
-    """Softplus - log 2, which is 0 at 0: trains from the start where Softplus stalls (README, Sec. 7)."""
+    """Softplus - log 2, 0 at 0: it trains from the start where Softplus stalls (results/recipes.log)."""
 
     def forward(self, x):
         return F.softplus(x, threshold=40) - math.log(2)

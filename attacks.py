@@ -7,7 +7,8 @@ mode or computes a gradient of the weights. None touches torch's random state, e
 `noise`.
 
 The three to start from: to train, to measure, and to measure with a stronger attack. `index`, (N,)
-int64, is each image's place in the data set: its random numbers depend on that, not on the batch.
+int64, is each image's place in the data set: its random numbers depend on that, not on the batch. The
+default, None, numbers the images from 0.
 >>> x_adv = pgd(net.eval(), x, y, eps=8 / 255, step_size=2 / 255, steps=10)
 >>> x_adv, report = pgd_search(net.eval(), x, y, eps=8 / 255, step_size=2 / 255, steps=50, index=index)
 >>> x_adv, report = autoattack(net.eval(), x, y, eps=8 / 255, index=index)
@@ -18,7 +19,6 @@ Keys: PGD is Madry et al. 2018 (arXiv:1706.06083), SAT is arXiv:2006.14536, AA i
 (arXiv:2003.01690), FAB is Croce & Hein 2020b (arXiv:1907.02044), SQ is Andriushchenko et al. 2020
 (arXiv:1912.00049).
 """
-import time
 from types import SimpleNamespace
 
 import torch
@@ -75,18 +75,27 @@ def random_start(x, eps, seed, index, restart=0):
 
 # What every attack needs: valid arguments, the box and the ball, a loss and its gradient
 
-def check_arguments(model, x, y):
-    """ValueError for what makes any attack look weak: train mode, pixels outside [0, 1], wrong types."""
-    if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
-        raise ValueError("the model is in train mode, where images change each other; call model.eval()")
+def check_arguments(model, x, y, eps, step_size=0.0, steps=0, restarts=1, queries=0, verify=None):
+    """ValueError for what makes any attack look weak: train mode, wrong types, pixels or numbers."""
+    for net in (model, verify):
+        if isinstance(net, nn.Module) and any(module.training for module in net.modules()):
+            raise ValueError("the model is in train mode, where images change each other; "
+                             "call model.eval()")
     if x.ndim != 4 or x.dtype != torch.float32:
-        raise ValueError(f"images are {tuple(x.shape)} {x.dtype}; attacks need (N, C, H, W) float32")
+        raise ValueError(f"images are {tuple(x.shape)} {x.dtype}; attacks need (N, C, H, W) "
+                         "torch.float32 in [0, 1]; of bytes, x.float() / 255")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
-        raise ValueError(f"labels are {tuple(y.shape)} {y.dtype}; attacks need ({len(x)},) int64")
+        raise ValueError(f"labels are {tuple(y.shape)} {y.dtype}; attacks need ({len(x)},) torch.int64")
     in_box = (x >= -1e-6) & (x <= 1 + 1e-6)  # False for NaN
     if not in_box.all():
         raise ValueError(f"pixels run from {x.min():.4g} to {x.max():.4g}; attacks need [0, 1], "
                          "and a model that normalises inside")
+    for name, value in (("eps", eps), ("step_size", step_size)):
+        if not 0 <= value <= 1:  # NaN too
+            raise ValueError(f"{name} is {value:g}; attacks need a fraction of [0, 1], such as 8 / 255")
+    for name, value, least in (("steps", steps, 0), ("restarts", restarts, 1), ("queries", queries, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; attacks need {least} or more of them")
 
 
 def check_labels(logits, y):
@@ -95,6 +104,16 @@ def check_labels(logits, y):
     if not known.all():
         raise ValueError(f"labels run from {y.min()} to {y.max()}; the model has "
                          f"{logits.shape[1]} classes, numbered from 0")
+
+
+def image_numbers(index, x):
+    """index, a tensor, array or list of N ints, or None for 0 to N - 1 -> (N,) int64 on x's device."""
+    if index is None:
+        return torch.arange(len(x), device=x.device)
+    index = torch.as_tensor(index, dtype=torch.int64, device=x.device)
+    if index.shape != x.shape[:1]:
+        raise ValueError(f"index is {tuple(index.shape)}; attacks need ({len(x)},), a number an image")
+    return index
 
 
 def ball(x, eps):
@@ -109,6 +128,16 @@ def ball(x, eps):
     return lower, upper
 
 
+def forward(model, x):
+    """The model's logits -> (N, K) float32; ValueError if it gives anything else."""
+    logits = model(x)
+    if not isinstance(logits, torch.Tensor):
+        raise ValueError(f"the model gives a {type(logits).__name__}; attacks need its logits alone")
+    if logits.shape[:-1] != x.shape[:1]:
+        raise ValueError(f"the model gives {tuple(logits.shape)}; attacks need logits, ({len(x)}, K)")
+    return logits.float()
+
+
 def input_gradient(model, x, loss):
     """-> logits (N, K) float32; the gradient of the summed loss with respect to x, as x.
 
@@ -117,7 +146,7 @@ def input_gradient(model, x, loss):
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        logits = model(x).float()
+        logits = forward(model, x)
         scaled = LOSS_SCALE * loss(logits).sum()
         grad, = torch.autograd.grad(scaled, x)  # nothing else: no gradient may reach a weight
     return logits.detach(), grad / LOSS_SCALE
@@ -158,7 +187,7 @@ def pgd(model, x, y, eps, step_size, steps, noise=None, loss=cross_entropy, chec
     spares the wait for the device that these checks cost.
     """
     if check:
-        check_arguments(model, x, y)
+        check_arguments(model, x, y, eps, step_size, steps)
 
     def objective(logits):
         if check:
@@ -219,7 +248,7 @@ class Search:
         if len(chosen) == 0:
             return claimed
         self.forwards[self.rest.row[chosen]] += 1
-        guess = predict(self.verify(self.rest.x_adv[chosen]))
+        guess = predict(forward(self.verify, self.rest.x_adv[chosen]))
         confirmed = claimed.clone()
         confirmed[chosen] = guess != self.rest.y[chosen]
         return confirmed
@@ -255,10 +284,62 @@ def linf(delta):
     return delta.abs().amax((1, 2, 3))
 
 
+# What blinds an attack: warnings, each "reason: sentence"
+
+def not_logits(logits):
+    """Warnings of outputs, (N, K), that no attack can climb -> [str]."""
+    warnings = []
+    n_broken = int((~logits.isfinite()).any(1).sum())
+    if n_broken > 0:
+        warnings.append(f"not finite: {n_broken} of {len(logits)} clean images have NaN or infinite "
+                        "logits; NaN counts as wrong")
+    in_unit = (logits >= 0) & (logits <= 1)
+    sums_to_1 = (logits.sum(1) - 1).abs() < 1e-4
+    if len(logits) > 0 and in_unit.all() and sums_to_1.all():
+        warnings.append("probabilities: every row of the output is in [0, 1] and sums to 1; "
+                        "the attacks need logits, which come before softmax")
+    return warnings
+
+
+def zero_gradients(grad):
+    """Warnings of gradients, as x, that say nothing -> [str]."""
+    zero = (grad == 0).float().mean()  # NaN where there are no images
+    if zero > 0.05:
+        return [f"zero gradients: {zero:.1%} of the input gradient is exactly 0 or not finite "
+                "(saturated, rounded or underflowing); PGD and APGD-CE see nothing there"]
+    return []
+
+
+def random_logits(logits, again):
+    """Warnings of logits that differ between two calls on the same images -> [str]."""
+    finite = logits.isfinite().all(1)
+    logits = logits[finite]
+    drift = (again[finite] - logits).abs().amax(1) / logits.abs().amax(1).clamp(min=1e-12)
+    drift = drift.nan_to_num(torch.inf, torch.inf)
+    if (drift > 1e-4).any():
+        return [f"random logits: they change by up to {drift.max():.1%} between two calls on one image; "
+                "gradients need averaging over calls, and a verdict is one draw"]
+    return []
+
+
+def masked_gradients(n, fooled):
+    """Warnings for n images -> [str]; fooled: {attack: how many it was the first to fool}.
+
+    A search without gradients that beats those with them has found a masked gradient.
+    """
+    with_gradients = [name for name in STANDARD if name in fooled and name != "square"]
+    n_square = fooled.get("square", 0)
+    if not with_gradients or n_square <= 0.002 * n:  # AA's authors warn at this share
+        return []
+    names = ", ".join(with_gradients)
+    return [f"masked gradients: of {n} images, Square fooled {n_square} that {names} did not; the true "
+            "robustness is lower, so attack the model adaptively"]
+
+
 # PGD with verdicts: whether an image is fooled, and when
 
 @torch.no_grad()
-def pgd_search(model, x, y, eps, step_size, steps, index, restarts=1, seed=0, verify=None,
+def pgd_search(model, x, y, eps, step_size, steps, index=None, restarts=1, seed=0, verify=None,
                last_iterate=False, progress=None):
     """PGD that asks at every iterate, the start too, whether it fools the model -> x_adv, report.
 
@@ -266,26 +347,27 @@ def pgd_search(model, x, y, eps, step_size, steps, index, restarts=1, seed=0, ve
     last_iterate. report is a dict:
       clean          (N,) int64: the class of x, -1 for NaN
       restart, step  (N,) int64: where the first iterate that fools was found, -1 where none was
-      robust         (N,) bool
+      robust         (N,) bool: right on x, and never fooled
       forwards       (N,) int64: forward passes spent on the image
+      warnings       [str], each "reason: sentence"
 
     `last_iterate` is SAT's protocol: every image takes all steps from one start, x_adv is the last
-    iterate, robust its verdict, and robust_at (N, steps + 1) bool the verdict of every iterate; restart
-    and step stay -1. ValueError as `check_arguments` and `check_labels`, and for last_iterate with
-    restarts.
+    iterate, robust its verdict, whatever x's is, and robust_at (N, steps + 1) bool the verdict of every
+    iterate; restart and step stay -1. ValueError as `check_arguments` and `check_labels`, and for
+    last_iterate with restarts.
     """
-    check_arguments(model, x, y)
+    check_arguments(model, x, y, eps, step_size, steps, restarts, verify=verify)
     if last_iterate and restarts > 1:
         raise ValueError(f"restarts is {restarts}; the last iterate is one start's: use restarts=1")
-    exact = verify or model
-    check_arguments(exact, x, y)
-    clean_logits = exact(x)
+    index = image_numbers(index, x)
+    clean_logits = forward(verify or model, x)
     check_labels(clean_logits, y)
     clean = predict(clean_logits)
+    warnings = not_logits(clean_logits)
 
     search = Search("pgd", x, y, eps, verify, progress)
     rest = search.rest
-    rest.index = index.to(x.device)
+    rest.index = index
     search.forwards += 1
     restart_fooled = torch.full_like(y, -1)
     step_fooled = torch.full_like(y, -1)
@@ -306,8 +388,10 @@ def pgd_search(model, x, y, eps, step_size, steps, index, restarts=1, seed=0, ve
 
         if step < steps:
             logits, rest.grad = search_gradient(model, rest.x_adv, objective)
+            if iterate == 0:
+                warnings += zero_gradients(rest.grad)
         else:
-            logits = model(rest.x_adv)  # nothing comes after the last iterate: no gradient
+            logits = forward(model, rest.x_adv)  # nothing comes after the last iterate: no gradient
         search.forwards[rest.row] += 1
         fooled = search.confirm(predict(logits) != rest.y)
         if last_iterate:
@@ -318,7 +402,7 @@ def pgd_search(model, x, y, eps, step_size, steps, index, restarts=1, seed=0, ve
             step_fooled[rows] = step
 
     report = dict(clean=clean, restart=restart_fooled, step=step_fooled, robust=~search.fooled,
-                  forwards=search.forwards)
+                  forwards=search.forwards, warnings=warnings)
     if last_iterate:
         search.x_adv = rest.x_adv
         report["robust"] = robust_at[:, -1]
@@ -357,13 +441,14 @@ def checkpoints(steps):
 
 
 @torch.no_grad()
-def apgd(model, x, y, eps, index, seed=0, target=None, loss=cross_entropy, restart=0, steps=100,
+def apgd(model, x, y, eps, index=None, seed=0, target=None, loss=cross_entropy, restart=0, steps=100,
          rho=0.75, verify=None, progress=None):
     """Auto-PGD (AA Alg. 1) -> x_adv (x where it found nothing), fooled (N,) bool, forwards (N,) int64.
 
     It climbs `loss(logits, y)`, or `loss(logits, y, target)` where a target, (N,) int64, is given.
     restart: which random start, an int.
     """
+    check_arguments(model, x, y, eps, steps=steps, verify=verify)
     search = Search("apgd", x, y, eps, verify, progress)
     rest = search.rest
     if target is not None:
@@ -374,7 +459,7 @@ def apgd(model, x, y, eps, index, seed=0, target=None, loss=cross_entropy, resta
             return loss(logits, rest.y)
         return loss(logits, rest.y, rest.target)
 
-    noise = 2 * uniform(seed, index.to(x.device), (APGD, restart), x.shape[1:]) - 1
+    noise = 2 * uniform(seed, image_numbers(index, x), (APGD, restart), x.shape[1:]) - 1
     start = x + eps * noise / per_image(linf(noise))
     rest.x_adv = torch.clamp(start, rest.lower, rest.upper)
     rest.x_before = rest.x_adv
@@ -408,7 +493,7 @@ def apgd(model, x, y, eps, index, seed=0, target=None, loss=cross_entropy, resta
 
         # Too few steps went up, or the best has stood still: back to it, with half the step
         if step in checks:
-            few = rest.n_up < rho * (step - last_check)  # AA Condition 1
+            few = rest.n_up <= rho * (step - last_check)  # AA Condition 1, with <= as in AA's code
             stuck = ~rest.halved & (rest.loss_best == rest.loss_checked)  # AA Condition 2
             rest.halved = few | stuck
             rest.step_size = torch.where(rest.halved, rest.step_size / 2, rest.step_size)
@@ -463,6 +548,7 @@ def fab(model, x, y, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, 
     From x it looks for the nearest point across the boundary to class `target`, (N,) int64. An image is
     fooled once a point of any wrong class is within eps.
     """
+    check_arguments(model, x, y, eps, steps=steps, verify=verify)
     search = Search("fab", x, y, eps, verify, progress)
     rest = search.rest
     rest.target = target
@@ -490,7 +576,7 @@ def fab(model, x, y, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, 
         near = linf(rest.x_adv - rest.x) < eps + 1e-6
         inside = torch.clamp(rest.x_adv, rest.lower, rest.upper)
         rest.x_adv = torch.where(per_image(near), inside, rest.x_adv)
-        rest.wrong = predict(model(rest.x_adv)) != rest.y
+        rest.wrong = predict(forward(model, rest.x_adv)) != rest.y
         search.forwards[rest.row] += 2
         fooled = search.confirm(rest.wrong & near)
         search.leave(fooled)
@@ -504,25 +590,26 @@ def fab(model, x, y, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, 
 # Square
 
 @torch.no_grad()
-def square(model, x, y, eps, index, seed=0, queries=5000, p=0.8, verify=None, progress=None):
+def square(model, x, y, eps, index=None, seed=0, queries=5000, p=0.8, verify=None, progress=None):
     """Square Attack (SQ Alg. 1 and 2), without any gradient -> x_adv, fooled, forwards, as `apgd`.
 
     Every pixel is always at an end of its range: SQ adds ± 2 eps to a square and clamps, which sends
     each channel of the square to one of its ends.
     """
+    check_arguments(model, x, y, eps, queries=queries, verify=verify)
     search = Search("square", x, y, eps, verify, progress)
     rest = search.rest
     C, H, W = x.shape[1:]
     rows = torch.arange(H, device=x.device)
     columns = torch.arange(W, device=x.device)
-    rest.index = index.to(x.device)
+    rest.index = image_numbers(index, x)
     stripes = uniform(seed, rest.index, (SQUARE, 0), (C, 1, W)) < 0.5
     rest.x_adv = torch.where(stripes, rest.lower, rest.upper)
     rest.x_best = x
     rest.margin_best = x.new_full((len(x),), -torch.inf)
 
     for query in search.until_all_fooled(queries + 1):  # the stripes, then squares
-        logits = model(rest.x_adv).float()
+        logits = forward(model, rest.x_adv)
         search.forwards[rest.row] += 1
         current = margin(logits, rest.y)
         better = current > rest.margin_best  # NaN is above nothing
@@ -554,160 +641,89 @@ def square(model, x, y, eps, index, seed=0, queries=5000, p=0.8, verify=None, pr
 
 # AutoAttack
 
-def blind_spots(logits, again, grad):
-    """Warnings of what blinds attacks -> [str].
-
-    logits, again: of two calls on the clean images. grad: the input gradient of those that are right.
-    """
-    warnings = []
-    finite = logits.isfinite().all(1)
-    n_broken = int((~finite).sum())
-    if n_broken > 0:
-        warnings.append(f"not finite: {n_broken} of {len(finite)} clean images have NaN or infinite "
-                        "logits; NaN counts as wrong")
-    logits = logits[finite]
-    again = again[finite]
-
-    drift = (again - logits).abs().amax(1) / logits.abs().amax(1).clamp(min=1e-12)
-    drift = drift.nan_to_num(torch.inf, torch.inf)
-    if (drift > 1e-4).any():
-        warnings.append(f"random logits: they change by up to {drift.max():.1%} between two calls on "
-                        "one image; gradients need averaging over calls, and a verdict is one draw")
-
-    in_unit = (logits >= 0) & (logits <= 1)
-    sums_to_1 = (logits.sum(1) - 1).abs() < 1e-4
-    if len(logits) > 0 and in_unit.all() and sums_to_1.all():
-        warnings.append("probabilities: every row of the output is in [0, 1] and sums to 1; "
-                        "the attacks need logits, which come before softmax")
-
-    zero = (grad == 0).float().mean()  # NaN where there are no images
-    if zero > 0.05:
-        warnings.append(f"zero gradients: {zero:.1%} of the input gradient is exactly 0 or not finite "
-                        "(saturated, rounded or underflowing); PGD and APGD-CE see nothing there")
-    return warnings
-
-
-def masked_gradients(n, fooled):
-    """Warnings for n images -> [str]; fooled: {attack: how many it was the first to fool}.
-
-    A search without gradients that beats those with them has found a masked gradient.
-    """
-    with_gradients = [name for name in STANDARD if name in fooled and name != "square"]
-    n_square = fooled.get("square", 0)
-    if not with_gradients or n_square <= 0.002 * n:  # AA's authors warn at this share
-        return []
-    names = ", ".join(with_gradients)
-    return [f"masked gradients: of {n} images, Square fooled {n_square} that {names} did not; the true "
-            "robustness is lower, so attack the model adaptively"]
-
-
 @torch.no_grad()
-def autoattack(model, x, y, eps, index, seed=0, verify=None, attacks=STANDARD, progress=None, steps=100,
-               queries=5000):
+def autoattack(model, x, y, eps, index=None, seed=0, verify=None, attacks=STANDARD, progress=None,
+               steps=100, queries=5000):
     """The attacks in AA's order, each on the images that none has fooled yet -> x_adv, report.
 
     x_adv is x where nothing was found. report is a dict:
       clean      (N,) int64: the class of x, -1 for NaN
+      robust     (N,) bool: right on x, and never fooled
       fooled_by  [N]: the name of the first attack that fooled the image, or None: no attack did, or x
-                 was wrong already. An image is robust if fooled_by is None and clean is y
+                 was wrong already
       forwards   (N,) int64: forward passes spent on the image
-      attacks    {"clean" or name: {"seconds", "forwards", "fooled"}}
       warnings   [str], each "reason: sentence"
 
-    verify: the float32 model, where `model` runs in less. `progress(name, step, n_steps, n_undecided)`
-    is called at every step and may raise. ValueError as `check_arguments` and `check_labels`, and for an
-    unknown attack.
+    attacks: some of STANDARD, or one name. verify: the float32 model, where `model` runs in less.
+    `progress(name, step, n_steps, n_undecided)` is called at every step and may raise. ValueError as
+    `check_arguments` and `check_labels`, and for an unknown attack.
     """
-    exact = verify or model
-    check_arguments(model, x, y)
-    check_arguments(exact, x, y)
+    check_arguments(model, x, y, eps, steps=steps, queries=queries, verify=verify)
+    index = image_numbers(index, x)
+    attacks = [attacks] if isinstance(attacks, str) else list(attacks)
     for name in attacks:
         if name not in STANDARD:
             raise ValueError(f"attack {name} is unknown; use some of {', '.join(STANDARD)}")
-    index = index.to(x.device)
-    x_adv = x.clone()
-    forwards = torch.zeros_like(y)
-    fooled_by = [None] * len(y)
-    spent = {}
-    warnings = []
-    report = dict(clean=y, fooled_by=fooled_by, forwards=forwards, attacks=spent, warnings=warnings)
-    if len(y) == 0:  # without images, clean is as empty as y
-        return x_adv, report
+    attacks = [name for name in STANDARD if name in attacks]
 
     # The clean images: which are right, which classes are next, and whether attacks can see the model
-    began = time.perf_counter()
-
     def objective(logits):
         return cross_entropy(logits, y)
 
-    logits = exact(x).float()
+    logits = forward(verify or model, x)
     check_labels(logits, y)
-    report["clean"] = predict(logits)
-    robust = report["clean"] == y
-    again, grad = search_gradient(model, x, objective)
-    forwards += 2
+    clean = predict(logits)
+    robust = clean == y
+    warnings = not_logits(logits)
+    if any(name != "square" for name in attacks):
+        again, grad = search_gradient(model, x, objective)
+        warnings += zero_gradients(grad[robust])
+    else:  # the model may have no gradient
+        again = forward(model, x)
+    forwards = torch.full_like(y, 2)
     if verify is not None:
-        again = verify(x).float()  # the same model again: else low precision looks like randomness
+        again = forward(verify, x)  # the same model again: else low precision looks like randomness
         forwards += 1
-    warnings += blind_spots(logits, again, grad[robust])
+    warnings += random_logits(logits, again)
     n_classes = logits.shape[1]
     n_targets = min(9, n_classes - 1)  # AA
     targets = without_label(logits, y).topk(n_targets).indices
-    spent["clean"] = dict(seconds=time.perf_counter() - began, forwards=int(forwards.sum()),
-                          fooled=int((~robust).sum()))
-
-    # One attempt, or one for each target class
-    n_attempts = {"apgd-ce": 1, "apgd-t": n_targets, "fab-t": n_targets, "square": 1}
     targeted_loss = targeted_dlr
-    few_classes = None
-    if n_classes == 3:
+    if n_classes < 4 and "apgd-t" in attacks:
         targeted_loss = targeted_cross_entropy
-        few_classes = ("few classes: targeted DLR needs 4, the model has 3; "
-                       "apgd-t ran targeted cross-entropy")
-    elif n_classes < 3:
-        n_attempts["apgd-t"] = 0
-        few_classes = f"few classes: apgd-t skipped, with {n_classes} it would only repeat apgd-ce"
-    if few_classes is not None and "apgd-t" in attacks:
-        warnings.append(few_classes)
+        warnings.append(f"few classes: targeted DLR needs 4, the model has {n_classes}; "
+                        "apgd-t ran targeted cross-entropy")
 
-    for name in STANDARD:
-        if name not in attacks:
-            continue
-        began = time.perf_counter()
-        forwards_before = int(forwards.sum())
-        for attempt in range(n_attempts[name]):
+    x_adv = x.clone()
+    fooled_by = [None] * len(y)
+    for name in attacks:
+        n_attempts = n_targets if name.endswith("-t") else 1  # -t is for targeted
+        for attempt in range(n_attempts):
             rows = robust.nonzero().squeeze(1)
-            if len(rows) == 0:
-                break
 
             # All attempts are reported as one long search
             def tell(_, step, n_steps, n_undecided):
                 if progress is not None:
-                    n_done = attempt * n_steps + step
-                    progress(name, n_done, n_attempts[name] * n_steps, n_undecided)
+                    progress(name, attempt * n_steps + step, n_attempts * n_steps, n_undecided)
 
-            target = targets[rows, attempt] if name in ("apgd-t", "fab-t") else None
+            common = dict(x=x[rows], y=y[rows], eps=eps, verify=verify, progress=tell)
             draws = dict(index=index[rows], seed=seed)
-            common = dict(eps=eps, verify=verify, progress=tell)
             if name == "apgd-ce":
-                found = apgd(model, x[rows], y[rows], steps=steps, **draws, **common)
+                found = apgd(model, steps=steps, **draws, **common)
             elif name == "apgd-t":  # restart 0 is apgd-ce's
-                found = apgd(model, x[rows], y[rows], target=target, loss=targeted_loss,
-                             restart=1 + attempt, steps=steps, **draws, **common)
+                found = apgd(model, steps=steps, target=targets[rows, attempt], loss=targeted_loss,
+                             restart=1 + attempt, **draws, **common)
             elif name == "fab-t":
-                found = fab(model, x[rows], y[rows], target=target, steps=steps, **common)
+                found = fab(model, steps=steps, target=targets[rows, attempt], **common)
             else:
-                found = square(model, x[rows], y[rows], queries=queries, **draws, **common)
+                found = square(model, queries=queries, **draws, **common)
             x_found, fooled, n_forwards = found
             x_adv[rows] = x_found
             forwards[rows] += n_forwards
             robust[rows] = ~fooled
             for row in rows[fooled].tolist():
                 fooled_by[row] = name
-        spent[name] = dict(seconds=time.perf_counter() - began,
-                           forwards=int(forwards.sum()) - forwards_before, fooled=fooled_by.count(name))
 
-    # Only the attacks that ran: apgd-t may have been skipped
-    n_fooled = {name: spent[name]["fooled"] for name in attacks if n_attempts[name] > 0}
-    warnings += masked_gradients(len(y), n_fooled)
+    warnings += masked_gradients(len(y), {name: fooled_by.count(name) for name in attacks})
+    report = dict(clean=clean, robust=robust, fooled_by=fooled_by, forwards=forwards, warnings=warnings)
     return x_adv, report
