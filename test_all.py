@@ -305,7 +305,8 @@ def closed_form(name, x, alpha):
 # Every curve with the alpha of the paper, then other alphas; None: the curve has none
 CURVES = [
     ("relu", None), ("softplus", None), ("softplus_centred", None), ("psoftplus", 10.0),
-    ("silu", None), ("gelu", None), ("gelu_tanh", None), ("elu", 1.0), ("celu", 1.0), ("smoothrelu", 400.0), ("mish", None),
+    ("silu", None), ("gelu", None), ("gelu_tanh", None), ("elu", 1.0), ("celu", 1.0),
+    ("smoothrelu", 400.0), ("mish", None),
     ("psoftplus", 2.5), ("elu", 0.5), ("elu", 2.0), ("celu", 0.5), ("celu", 3.0), ("smoothrelu", 1.7),
 ]
 
