@@ -1382,6 +1382,11 @@ def run_autoattack(model, x, y, eps=EPS, **more):
     return fooled, x_adv, report
 
 
+def reasons(report):
+    """Of the report's warnings, each "reason: sentence"."""
+    return [warning.partition(":")[0] for warning in report["warnings"]]
+
+
 class TestAutoAttack(AttackCase):
     def test_each_attack_misses_at_most_one_image_of_a_linear_model_that_can_be_fooled(self):
         # Cross-entropy raises all wrong classes at once: with two or more it may miss the nearest one
@@ -1534,8 +1539,8 @@ class TestAutoAttack(AttackCase):
         generator = torch.Generator().manual_seed(0)
         chance = torch.rand(101, n, generator=generator)
         rises = torch.randint(1, 4, (101, n), generator=generator)
-        falls = torch.tensor([1, 5, 30]).repeat(n // 3)  # one size an image: after a deep fall the best
-        changes = torch.where(chance < torch.linspace(0.6, 0.95, n), rises, -falls)  # stands for long
+        falls = torch.tensor([1, 5, 30]).repeat(n // 3)  # after a deep one the best stands for long
+        changes = torch.where(chance < torch.linspace(0.6, 0.95, n), rises, -falls)
         changes[chance > 0.95] = 0
         losses = changes.cumsum(0).float()
         slopes = torch.randint(0, 2, (101, n), generator=generator) * 2.0 - 1
@@ -1551,8 +1556,8 @@ class TestAutoAttack(AttackCase):
             with self.subTest(image=i):
                 self.assert_close(iterates[:, i], torch.tensor(expected), delta=1e-6)
         for checkpoint in (41, 57, 70, 80, 87, 93, 99):  # each condition decides alone
-            self.assertLess({(checkpoint, (True, False)), (checkpoint, (False, True)),
-                             (checkpoint, (False, False))}, seen)
+            self.assertLessEqual({(checkpoint, (True, False)), (checkpoint, (False, True)),
+                                  (checkpoint, (False, False))}, seen)
 
     def test_the_squares_shrink_after_the_published_numbers_of_queries(self):
         def draw(seed, index, counter, shape):
@@ -1581,26 +1586,13 @@ class TestAutoAttack(AttackCase):
         def progress(*where):
             calls.append(where)
 
-        _, _, report = run_autoattack(net, x, y, progress=progress)
+        _, _, report = run_autoattack(net, x, y, verify=net, progress=progress)
         expected = []
         for name, n_steps in (("apgd-ce", 101), ("apgd-t", 9 * 101), ("fab-t", 9 * 100),
                               ("square", 5001)):
             expected += [(name, step, n_steps, 2) for step in range(n_steps)]
         self.assertEqual(calls, expected)
-        self.assertEqual(report["forwards"].tolist(), 2 * [2 + 101 + 9 * 101 + 9 * 200 + 5001])
-
-    def test_every_forward_is_counted_where_images_are_fooled(self):
-        net = linear(scale=1e-3)
-        x, y = images_of(net, 30)
-        for has_verify in (False, True):
-            model = Recorder(net)
-            verify = Recorder(net)
-            fooled, _, report = run_autoattack(model, x, y, steps=10, queries=50,
-                                         verify=verify if has_verify else None)
-            with self.subTest(has_verify=has_verify):
-                self.assertTrue(5 < fooled.sum() < 25)
-                n_images = model.n_images() + verify.n_images()
-                self.assertEqual(report["forwards"].sum(), n_images)
+        self.assertEqual(report["forwards"].tolist(), 2 * [3 + 101 + 9 * 101 + 9 * 200 + 5001])
 
     def test_verdicts_do_not_depend_on_the_batch(self):
         net = small(act="silu").eval()
@@ -1658,15 +1650,12 @@ class TestAutoAttack(AttackCase):
                               ("random logits", broken_in_its_third_call),
                               ("probabilities", probabilities), ("not finite", infinite)):
             y = model(x).argmax(1)
-            reports = {"autoattack": run_autoattack(model, x, y, eps=0.1, steps=5, queries=200)[2]}
-            if reason not in ("masked gradients", "random logits"):  # PGD cannot see these
-                for last in (False, True):
-                    _, reports[f"pgd, last_iterate={last}"] = pgd_search(
-                        model, x, y, eps=0.1, step_size=0.02, steps=5, last_iterate=last)
-            for attack, report in reports.items():
-                reasons = [warning.partition(":")[0] for warning in report["warnings"]]
-                with self.subTest(reason, model=model.__name__, attack=attack):
-                    self.assertIn(reason, reasons)
+            _, _, report = run_autoattack(model, x, y, eps=0.1, steps=5, queries=200)
+            _, of_pgd = pgd_search(model, x, y, eps=0.1, step_size=0.02, steps=5)
+            with self.subTest(reason, model=model.__name__):
+                self.assertIn(reason, reasons(report))
+                if reason not in ("masked gradients", "random logits"):  # PGD cannot tell these
+                    self.assertIn(reason, reasons(of_pgd))
 
     def test_a_model_of_one_class_is_never_fooled(self):
         net = linear(1)
@@ -1794,8 +1783,11 @@ class TestAutoAttack(AttackCase):
         x, y = images_of(net)
 
         def broken(points):
-            same = (points[:, None] == x[1:]).flatten(2).all(2).any(1)  # as one of the others than x[0]
-            return net(points) + torch.where(same, 0.0, math.nan)[:, None]
+            """NaN in the highest logit, which argmax takes, but for the images x[1:] themselves."""
+            logits = net(points)
+            whole = (points[:, None] == x[1:]).flatten(2).all(2).any(1)
+            highest = logits == logits.amax(1, keepdim=True)
+            return torch.where(highest & ~whole[:, None], math.nan, logits)
 
         for last in (False, True):
             _, report = pgd_search(broken, x, y, eps=0.01, step_size=0.01, steps=1, last_iterate=last)
@@ -1843,34 +1835,33 @@ class TestRefusals(AttackCase):
         starts = "pgd pgd_search autoattack"  # those that a person calls
         searches = "pgd_search autoattack"
         for names, words, changes in (
-                (every, "train mode.*eval", dict(model=train_mode)),
-                (searches, "train mode.*eval", dict(verify=train_mode)),
-                (every, "pixels run from -0.01", dict(x=x - x - 0.01)),
-                (every, "pixels run from .* to 1.01", dict(x=x - x + 1.01)),
-                (every, "pixels run from nan", dict(x=x * math.nan)),
-                (every, "float64; attacks need .*float32", dict(x=x.double())),
-                (every, r"uint8; attacks need .*x.float\(\) / 255", dict(x=x.byte())),
-                (every, r"need \(N, C, H, W\)", dict(x=x[0])),
-                (every, r"int32; attacks need \(6,\) torch.int64", dict(y=y.int())),
-                (every, r"\(5,\) .*; attacks need \(6,\)", dict(y=y[:5])),
-                (starts, "labels run from 2 to 2; .* 2 classes", dict(y=y - y + 2)),
-                (starts, "labels run from -1 to -1; .* 2 classes", dict(y=y - y - 1)),
-                (starts, "gives a tuple; attacks need its logits", dict(model=pair)),
-                (starts, r"gives \(6,\); attacks need logits, \(6, K\)", dict(model=flat)),
-                (every, "eps is 8; .*fraction.*8 / 255", dict(eps=8)),
-                (every, "eps is -0.03; .*fraction", dict(eps=-0.03)),
-                (every, "eps is nan; .*fraction", dict(eps=math.nan)),
-                ("pgd pgd_search", "step_size is 2; .*fraction", dict(step_size=2)),
-                (starts, "steps is -1; .* 0 or more", dict(steps=-1)),
-                ("square autoattack", "queries is -1; .* 0 or more", dict(queries=-1)),
-                ("pgd_search", "restarts is 0; .* 1 or more", dict(restarts=0)),
-                ("pgd_search", "restarts is 2.*restarts=1", dict(restarts=2, last_iterate=True)),
-                (searches, r"index is \(2,\); attacks need \(6,\)", dict(index=[0, 1])),
-                ("autoattack", "attack fab is unknown; use .*fab-t", dict(attacks="fab"))):
+                (every, "train mode.*eval", {"model": train_mode}),
+                (searches, "train mode.*eval", {"verify": train_mode}),
+                (every, "pixels run from -0.01", {"x": x - 0.01 - x.amin()}),
+                (every, "pixels run from .* to 1.01", {"x": x + 1.01 - x.amax()}),
+                (every, "pixels run from nan", {"x": x * math.nan}),
+                (every, "float64; attacks need .*float32", {"x": x.double()}),
+                (every, r"uint8; attacks need .*x.float\(\) / 255", {"x": x.byte()}),
+                (every, r"need \(N, C, H, W\)", {"x": x[0]}),
+                (every, r"int32; attacks need \(6,\) torch.int64", {"y": y.int()}),
+                (every, r"\(5,\) .*; attacks need \(6,\)", {"y": y[:5]}),
+                (starts, "labels run from . to 2; .* 2 classes", {"y": y + 2 - y.amax()}),
+                (starts, "labels run from -1 to .; .* 2 classes", {"y": y - 1 - y.amin()}),
+                (starts, "gives a tuple; attacks need its logits", {"model": pair}),
+                (starts, r"gives \(6,\); attacks need logits, \(6, K\)", {"model": flat}),
+                (every, "eps is 8; .*fraction.*8 / 255", {"eps": 8}),
+                (every, "eps is -0.03; .*fraction", {"eps": -0.03}),
+                (every, "eps is nan; .*fraction", {"eps": math.nan}),
+                ("pgd pgd_search", "step_size is 2; .*fraction", {"step_size": 2}),
+                (starts, "steps is -1; .* 0 or more", {"steps": -1}),
+                ("square autoattack", "queries is -1; .* 0 or more", {"queries": -1}),
+                ("pgd_search", "restarts is 0; .* 1 or more", {"restarts": 0}),
+                ("pgd_search", "restarts is 2.*restarts=1", {"restarts": 2, "last_iterate": True}),
+                (searches, r"index is \(2,\); attacks need \(6,\)", {"index": [0, 1]}),
+                ("autoattack", "attack fab is unknown; use .*fab-t", {"attacks": "fab"})):
             for name in names.split():
+                arguments = {"model": net, "x": x, "y": y, "eps": 0.1} | changes
                 with self.subTest(words, attack=name):
-                    arguments = dict(model=net, x=x, y=y, eps=0.1)
-                    arguments.update(changes)
                     refuses(self, ValueError, words, attacks[name], **arguments)
 
     def test_pixels_that_are_outside_by_rounding_are_accepted(self):
