@@ -2618,7 +2618,7 @@ class TestTrainFlags(TemporaryFolder):
         for text in ("8/256", "1/32"):
             with self.assertRaisesRegex(argparse.ArgumentTypeError, "not in 1/255"):
                 train.in_255(text)
-        text, _ = quietly(partial(train.check_numbers, flags_of("--eps 0.03")))
+        text, _ = quietly(partial(train.warn_small_eps, flags_of("--eps 0.03")))
         self.assertIn("--eps 0.03 means 0.03/255", text)
 
     def test_wrong_flags_get_one_sentence_and_leave_no_run(self):

@@ -221,9 +221,6 @@ def check_numbers(args):
     """SystemExit for a number that is not finite or makes no sense; in every script's flags."""
     numbers = {name: value for name, value in vars(args).items() if isinstance(value, (int, float))}
     for name, value in numbers.items():
-        if name in ("eps", "step_size") and 0 < value < 0.25:
-            say(f"{flag(name)} {value:g} means {value:g}/255; if you mean {value:g} of the range from 0 "
-                f"to 1, that is {flag(name)} {255 * value:g}")
         if name in ("dropout", "stochastic_depth", "label_smoothing", "clean_start"):
             need(0 <= value <= 1, f"{flag(name)} {value} is no share; use 0 to 1")
         elif name in MAY_BE_0:
@@ -232,9 +229,19 @@ def check_numbers(args):
             need(0 < value < math.inf, f"{flag(name)} {value} is out of range; use more than 0")
 
 
+def warn_small_eps(args):
+    """A word where a radius or a step looks like a fraction of the range from 0 to 1."""
+    for name in ("eps", "step_size"):
+        value = getattr(args, name)
+        if value is not None and 0 < value < 0.25:
+            say(f"{flag(name)} {value:g} means {value:g}/255; for {value:g} of the range from 0 to 1 use "
+                f"{flag(name)} {255 * value:g}")
+
+
 def check(args, world):
     """SystemExit for flags that argparse cannot judge alone."""
     check_numbers(args)
+    warn_small_eps(args)
     n_parts = world * args.accum
     fewer = max(1, args.batch_size // n_parts) * n_parts
     need(args.out.strip(), "--out is empty; name a folder, such as --out out")
