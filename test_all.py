@@ -3280,8 +3280,8 @@ class TestDivergence(TrainCase):
             return math.inf
 
         # At the next log line, the next save, the end of the epoch
-        for flags, step in (("--log-every 1", 2), ("--log-every 1000 --save-every 0", 2),
-                            ("--log-every 1000", 4)):
+        for flags, step, epoch in (("--log-every 1", 2, 0), ("--log-every 1000 --save-every 0", 2, 1),
+                                   ("--log-every 1000", 4, 0)):
             with self.subTest(flags):
                 shutil.rmtree(self.out, ignore_errors=True)
                 flags += " --val-every 1"
@@ -3289,7 +3289,7 @@ class TestDivergence(TrainCase):
                     _, code = self.train("--limit", "64", *flags.split())
                 words = f"epoch 2, step {step} .*last good checkpoint: .*last.pt; try a smaller --lr"
                 assert_sentence(self, code, words)
-                self.assert_last_checkpoint_is_finite(epoch=1)
+                self.assert_last_checkpoint_is_finite(epoch)
 
     def test_a_loss_that_never_was_finite_stops_the_run_and_is_not_blamed_on_the_learning_rate(self):
         def spoil(args, model, x, y):
@@ -3364,6 +3364,13 @@ class TestInit(TrainCase):
         text, code = self.train("--init", self.root / "init.pt", "--limit", "64", "--resume")
         self.assertIsNone(code)
         self.assertIn("going on at epoch 1, step 1", text)
+
+    def test_init_from_weights_with_another_normalisation_is_refused_and_says_which(self):
+        saved = load_file(a_run() / "model.pt") | {"mean": torch.tensor([0.5, 0.4, 0.3])}
+        _, _, code = self.start_from(saved)
+        assert_sentence(self, code, "another normalisation; add --mean 0.5 0.4 0.3")
+        _, text, code = self.start_from(saved, *"--mean 0.5 0.4 0.3".split())
+        self.assertEqual(code, 75, text)
 
     def test_init_from_weights_of_which_nothing_fits_is_refused(self):
         _, _, code = self.start_from({"other.weight": torch.ones(3)})

@@ -542,7 +542,12 @@ def init_from(net, args, run):
     path = args.init
     wanted = net.state_dict()
     with sentences():
-        found = read_state_dict(path)
+        found, _ = read_state_dict(path, wanted)
+    for name, own in (("mean", net.mean), ("std", net.std)):
+        value = found.pop(name, own)
+        numbers = " ".join(f"{number:g}" for number in value.flatten().tolist())
+        need(torch.allclose(value, own.cpu()), f"--init {path} was trained with another normalisation; add "
+             f"{flag(name)} {numbers}")
     taken = {}
     for name, tensor in found.items():
         if name in wanted and wanted[name].shape == tensor.shape:
