@@ -234,8 +234,8 @@ def warn_small_eps(args):
     for name in ("eps", "step_size"):
         value = getattr(args, name)
         if value is not None and 0 < value < 0.25:
-            say(f"{flag(name)} {value:g} means {value:g}/255; for {value:g} of the range from 0 to 1 use "
-                f"{flag(name)} {255 * value:g}")
+            say(f"{flag(name)} {value:g} means {value:g}/255; for {value:g} of the range from 0 to 1 "
+                f"use {flag(name)} {255 * value:g}")
 
 
 def check(args, world):
@@ -543,10 +543,10 @@ def init_from(net, args, run):
     wanted = net.state_dict()
     with sentences():
         found, _ = read_state_dict(path, wanted)
-    for name, own in (("mean", net.mean), ("std", net.std)):
+    for name, own in (("mean", net.mean.cpu()), ("std", net.std.cpu())):
         value = found.pop(name, own)
         numbers = " ".join(f"{number:g}" for number in value.flatten().tolist())
-        need(torch.allclose(value, own.cpu()), f"--init {path} was trained with another normalisation; add "
+        need(torch.allclose(value, own), f"--init {path} was trained with another normalisation; add "
              f"{flag(name)} {numbers}")
     taken = {}
     for name, tensor in found.items():
