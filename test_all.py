@@ -1976,7 +1976,7 @@ class TestFolders(TemporaryFolder):
 
     def test_the_order_and_the_numbers_are_torchvisions(self):
         image_folder(self.root, classes=("owl", "Cat", "dog10", "dog9"), n=11)
-        nested = self.root / "train/dog9/more/dogs"
+        nested = self.root / "train/dog9/a/dogs"
         nested.mkdir(parents=True)
         for name in ("a.PNG", "b.bmp", "c.webp"):
             gradient_picture().save(nested / name)
