@@ -2447,7 +2447,10 @@ class TestWriteWhole(TemporaryFolder):
     def test_the_old_file_can_keep_another_name(self):
         path = self.root / "file"
         for content in (b"one", b"two", b"three"):
-            data.write_whole(path, lambda file: file.write(content), previous=self.root / "before")
+            def write(file):
+                file.write(content)
+
+            data.write_whole(path, write, previous=self.root / "before")
         self.assertEqual(files_below(self.root), {"file": b"three", "before": b"two"})
 
 
