@@ -1984,7 +1984,7 @@ class TestFolders(TemporaryFolder):
 
     def test_the_order_and_the_numbers_are_torchvisions(self):
         image_folder(self.root, classes=("owl", "Cat", "dog10", "dog9"), n=11)
-        nested = self.root / "train/dog9/more/dogs"
+        nested = self.root / "train/dog9/a/dogs"
         nested.mkdir(parents=True)
         for name in ("a.PNG", "b.bmp", "c.webp"):
             gradient_picture().save(nested / name)
@@ -2455,7 +2455,10 @@ class TestWriteWhole(TemporaryFolder):
     def test_the_old_file_can_keep_another_name(self):
         path = self.root / "file"
         for content in (b"one", b"two", b"three"):
-            data.write_whole(path, lambda file: file.write(content), previous=self.root / "before")
+            def write(file):
+                file.write(content)
+
+            data.write_whole(path, write, previous=self.root / "before")
         self.assertEqual(files_below(self.root), {"file": b"three", "before": b"two"})
 
 
