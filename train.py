@@ -325,7 +325,7 @@ def all_ranks(tensor):
 
 
 def listen():
-    """From here on SIGINT and SIGTERM only set the event returned; a second Ctrl-C ends at once."""
+    """From here on SIGINT and SIGTERM only set the event returned; a second one ends at once."""
     stop_asked = threading.Event()
 
     def ask(number, frame):
@@ -333,6 +333,7 @@ def listen():
             os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
         stop_asked.set()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, ask)
     signal.signal(signal.SIGTERM, ask)
