@@ -1696,7 +1696,7 @@ class TestAutoAttack(AttackCase):
         x, _ = images_of(net, 10)
         x[:, :, 0] = 0
         x[:, :, 1] = 1
-        x = torch.stack([x, x], 4)[..., 0]  # any strides will do
+        x = x.to(memory_format=torch.channels_last)  # any strides will do
         y = net(x).argmax(1)
 
         def nan_slope(x):
@@ -1707,7 +1707,9 @@ class TestAutoAttack(AttackCase):
             pgd_search(seen, x, y, eps=1e-3, step_size=1e-3, steps=3, index=torch.arange(10))
             for attack in ("apgd-ce", "apgd-t", "square"):  # FAB leaves the ball on its way
                 run_autoattack(seen, x, y, eps=1e-3, attacks=(attack,), steps=4, queries=9)
+            _, x_adv, _ = run_autoattack(model, x, y, eps=0.1, attacks="fab-t", steps=4)
             with self.subTest(slope):
+                self.assert_inside(x_adv, x, 0.1)
                 for x_adv in seen.calls:
                     distances = (x_adv[:, None] - x[None]).abs().amax((2, 3, 4))
                     own_image = distances.argmin(1)  # which of the images this is an iterate of
