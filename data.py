@@ -650,16 +650,21 @@ def shrink(source, target, short, workers):
     return 1 if unreadable else 0
 
 
-def main():
+def get_args(argv=None):
     parser = argparse.ArgumentParser(description="Prepare data; training itself needs none of this.")
     parser.add_argument("command", choices=["shrink"], help="write a folder again with smaller pictures")
     parser.add_argument("source", metavar="FROM", type=Path, help="folder of pictures: data/imagenet")
     parser.add_argument("target", metavar="TO", type=Path, help="folder to write, new or to go on in")
     parser.add_argument("--short", type=int, default=288, help="most pixels of the shorter side")
     parser.add_argument("--workers", type=int, default=n_cores(), help="processes; default: the cores")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.short < 32 or args.workers < 0:
         parser.error("--short needs at least 32 pixels, --workers 0 or more processes")
+    return args
+
+
+def main():
+    args = get_args()
     try:
         return shrink(args.source, args.target, args.short, args.workers)
     except KeyboardInterrupt:

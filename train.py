@@ -569,6 +569,9 @@ def init_from(net, args, run):
 
 def agree(run, progress, world):
     """SystemExit unless all processes are at the same place -> the group for their votes, on CPUs."""
+    if progress.world != world:
+        run.log(f"going on with {world} processes instead of {progress.world}: not bit-exact")
+        progress.world = world
     if world == 1:
         return None
     group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
@@ -576,9 +579,6 @@ def agree(run, progress, world):
     dist.all_gather_object(places, (progress.epoch, progress.step), group=group)
     need(len(set(places)) == 1, f"the processes see different checkpoints in {run.out}, (epoch, step) "
          f"{places}; --out needs to be one folder for all nodes")
-    if progress.world != world:
-        run.log(f"going on with {world} processes instead of {progress.world}: not bit-exact")
-    progress.world = world
     return group
 
 
