@@ -3224,14 +3224,15 @@ class TestResume(TrainCase):
         self.assertEqual([line["epoch"] for line in log_of(self.out, "val")], [1, 2, 3])
 
     def test_another_optimizer_goes_on_exactly_too(self):
-        def adamw(groups, lr, **settings):
-            return torch.optim.AdamW(groups, lr)
+        def adamw(args, net, device):
+            groups = train.parameter_groups(net, args.wd, args.decay)
+            return torch.optim.AdamW(groups, args.lr), torch.amp.GradScaler("cpu", enabled=False)
 
         # SmoothReLU's alpha is a tensor without dimensions, as AdamW's count of steps is: a resume must
         # not mix them up
         flags = "--limit 64 --epochs 2 --holdout 0 --lr 0.01 --no-ema --act smoothrelu".split()
         flags += ["--smooth-backward", "none"]
-        with mock.patch("torch.optim.SGD", adamw):
+        with mock.patch("train.make_optimizer", adamw):
             self.train(*flags, out=self.root / "whole")
             with before_step(1, 1, terminate):
                 self.train(*flags)
