@@ -53,8 +53,7 @@ class SmoothReLUFunction(torch.autograd.Function):
     def forward(ctx, x, alpha):
         ctx.save_for_backward(x, alpha)
         r = F.relu(x).to(alpha.dtype)  # at least float32: float16 overflows at alpha * x = 400 * 164
-        value = r - torch.log1p(alpha * r) / alpha
-        return value.to(x.dtype)
+        return r - torch.log1p(alpha * r) / alpha
 
     @staticmethod
     def backward(ctx, grad):
@@ -82,7 +81,10 @@ class SmoothReLU(nn.Module):
         return self.beta.to(at_least_float32).square() + 1e-3  # beta may cross 0, alpha stays positive
 
     def forward(self, x):
-        return SmoothReLUFunction.apply(x, self.alpha)
+        value = SmoothReLUFunction.apply(x, self.alpha)
+        # Not inside the Function: where a cast that changes nothing ends it, as it would in float32,
+        # torch 2.11 compiles its gradient to 0
+        return value.to(x.dtype)
 
     def extra_repr(self):
         return f"alpha={self.alpha.item():.4g}"
@@ -116,18 +118,18 @@ DEFAULT_ALPHA = {
 def make_act(name, alpha=None, smooth_backward=False):
     """One fresh activation module, never in place. alpha: the curve's parameter; None: the paper's.
 
-    SystemExit for an unknown name, an alpha that is not positive or that the curve does not have, and a
+    ValueError for an unknown name, an alpha that is not positive or that the curve does not have, and a
     smooth backward pass (Sec. 3.2) with anything but relu.
     """
     if name not in ACTIVATIONS:
-        raise SystemExit(f"--act {name} is unknown; use one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"act {name} is unknown; use one of {', '.join(ACTIVATIONS)}")
     if smooth_backward and name != "relu":
-        raise SystemExit(f"--smooth-backward is for ReLU, {name} has its own gradient; use --act relu")
+        raise ValueError(f"smooth_backward is for relu; {name} has its own gradient")
     if alpha is not None and name not in DEFAULT_ALPHA:
         having = ", ".join(DEFAULT_ALPHA)
-        raise SystemExit(f"--act {name} has no alpha; drop --act-alpha, or use one of {having}")
+        raise ValueError(f"act {name} has no alpha; leave it out, or use one of {having}")
     if alpha is not None and not 0 < alpha < math.inf:
-        raise SystemExit(f"--act-alpha {alpha:g} is not positive; the paper has {DEFAULT_ALPHA[name]:g}")
+        raise ValueError(f"alpha {alpha:g} is not positive; the paper has {DEFAULT_ALPHA[name]:g}")
 
     if smooth_backward:
         return ReLU(smooth_backward=True)

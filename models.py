@@ -44,6 +44,9 @@ class Normalised(nn.Module):
     def forward(self, x):
         return self.classify((x - self.mean) / self.std)
 
+    def initialise_as_sat(self):
+        """The first weights of SAT's released code; a network without them keeps torch's own."""
+
 
 # ResNet and ResNeXt. act() makes a fresh activation, norm(width) a fresh BatchNorm; BasicBlock takes
 # groups and group_width only because Bottleneck does
@@ -62,7 +65,6 @@ class BasicBlock(nn.Module):
         self.bn2 = norm(width)
         self.act2 = act()
         self.downsample = shortcut(inputs, width, stride, norm)
-        nn.init.zeros_(self.bn2.weight)  # the residual branch starts at 0
 
     def forward(self, x):
         skip = x if self.downsample is None else self.downsample(x)
@@ -90,7 +92,6 @@ class Bottleneck(nn.Module):
         self.bn3 = norm(outputs)
         self.act3 = act()
         self.downsample = shortcut(inputs, outputs, stride, norm)
-        nn.init.zeros_(self.bn3.weight)
 
     def forward(self, x):
         skip = x if self.downsample is None else self.downsample(x)
@@ -113,7 +114,7 @@ class ResNet(Normalised):
                  width=64, groups=1, group_width=64):
         super().__init__()
         if stochastic_depth:
-            raise SystemExit("--stochastic-depth is for EfficientNets, SAT's ResNets have none; use 0")
+            raise ValueError("stochastic_depth is for EfficientNets, SAT's ResNets have none; use 0")
         self.conv1 = conv(3, width, 3) if small_input else conv(3, width, 7, 2)
         self.bn1 = norm(width)
         self.act = act()
@@ -131,9 +132,14 @@ class ResNet(Normalised):
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(inputs, num_classes)
 
+    def initialise_as_sat(self):
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out")
+            elif isinstance(m, BasicBlock):
+                nn.init.zeros_(m.bn2.weight)  # the residual branch starts at 0
+            elif isinstance(m, Bottleneck):
+                nn.init.zeros_(m.bn3.weight)
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
 
@@ -238,15 +244,17 @@ class EfficientNet(Normalised):
         self.features = nn.Sequential(*features)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(head, num_classes))
 
+    def initialise_as_sat(self):
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 fan_out = m.kernel_size[0] ** 2 * m.out_channels // m.groups
                 nn.init.normal_(m.weight, std=math.sqrt(2 / fan_out))
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
-        bound = num_classes**-0.5  # as EN's code
-        nn.init.uniform_(self.classifier[1].weight, -bound, bound)
-        nn.init.zeros_(self.classifier[1].bias)
+        linear = self.classifier[1]
+        bound = linear.out_features**-0.5  # as EN's code
+        nn.init.uniform_(linear.weight, -bound, bound)
+        nn.init.zeros_(linear.bias)
 
     def classify(self, x):
         x = self.features(x).mean((2, 3))  # (N, 3, H, W) -> (N, C)
@@ -299,18 +307,33 @@ MODELS = {
 
 
 def build(arch, act="relu", num_classes=1000, act_alpha=None, smooth_backward=False, dropout=0.0,
-          stochastic_depth=0.0, small_input=False, bn_eps=1e-5, bn_momentum=0.1):
+          stochastic_depth=0.0, small_input=False, bn_eps=1e-5, bn_momentum=0.1, initial="sat",
+          mean=MEAN, std=STD):
     """A fresh network: images (N, 3, H, W) float32 in [0, 1] -> logits (N, num_classes).
 
-    SystemExit for an unknown name. bn_eps 1e-5 and bn_momentum 0.1 are SAT's for every network;
-    torchvision's efficientnet_b5, b6 and b7 have 1e-3 and 0.01.
+    initial: the first weights are the released code's ("sat") or torch's own ("torch"). mean and std
+    normalise red, green and blue. bn_eps 1e-5 and bn_momentum 0.1 are SAT's for every network;
+    torchvision's efficientnet_b5, b6 and b7 have 1e-3 and 0.01. ValueError for what it cannot build.
     """
     if arch not in MODELS:
-        raise SystemExit(f"--arch {arch} is unknown; use one of {', '.join(MODELS)}")
+        raise ValueError(f"arch {arch} is unknown; use one of {', '.join(MODELS)}")
+    if initial not in ("sat", "torch"):
+        raise ValueError(f"initial {initial} is unknown; use sat or torch")
+    for name, numbers in (("mean", mean), ("std", std)):
+        if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{name} is {numbers}; use three finite numbers, for red, green and blue")
+    if min(std) <= 0:
+        raise ValueError(f"std is {std}; images are divided by it, so use three positive numbers")
+
     fresh_act = partial(make_act, act, act_alpha, smooth_backward)  # called once for every site
     norm = partial(nn.BatchNorm2d, eps=bn_eps, momentum=bn_momentum)
-    return MODELS[arch].make(act=fresh_act, norm=norm, num_classes=num_classes, dropout=dropout,
-                             stochastic_depth=stochastic_depth, small_input=small_input)
+    net = MODELS[arch].make(act=fresh_act, norm=norm, num_classes=num_classes, dropout=dropout,
+                            stochastic_depth=stochastic_depth, small_input=small_input)
+    net.mean.copy_(torch.tensor(mean).view(3, 1, 1))
+    net.std.copy_(torch.tensor(std).view(3, 1, 1))
+    if initial == "sat":  # otherwise every layer stays as torch made it
+        net.initialise_as_sat()
+    return net
 
 
 # Two views of one network
@@ -329,7 +352,7 @@ def attacker_view(train_net, smooth_backward=False):
 
     relus = [module for module in view.modules() if isinstance(module, ReLU)]
     if smooth_backward and not relus:
-        raise SystemExit("--smooth-backward is for ReLU and this network has none; use --act relu")
+        raise ValueError("smooth_backward is for ReLU, and this network has none; build it with relu")
     for relu in relus:
         relu.smooth_backward = smooth_backward
     return view
@@ -345,6 +368,12 @@ def shares_storage(net, view):
 # How a network runs
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def on_device(net, device):
+    """net, moved to a device; on a GPU in the layout in which convolutions are fastest."""
+    layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+    return net.to(device, memory_format=layout)
 
 
 def set_numerics(dtype):
