@@ -20,6 +20,7 @@ step many times slower than one thread does.
 Keys: SAT is the paper; equations, sections and tables are numbered as there.
 """
 import argparse
+import contextlib
 import copy
 import ctypes
 import fcntl
@@ -84,6 +85,9 @@ RANGES = {
     "val_every": (1, 10**6), "log_every": (1, 10**6), "workers": (0, 1000), "seed": (0, 2**63 - 1),
     "rounds": (1, 10**6), "scale": (0.5, 4),
 }
+
+MAY_BE_0 = ("holdout", "save_every", "warmup_epochs", "wd", "eps", "step_size", "steps", "workers",
+            "seed")
 
 RUN_FILES = ("args.json", "log.txt", "log.jsonl", "model.pt", "best.pt", "last.pt", "last.prev.pt")
 # Flags that --resume may change: the result does not depend on them (--init is not read again, and the
@@ -188,6 +192,53 @@ def need(condition, sentence):
 def flag(name):
     """The flag that fills args.name."""
     return "--" + name.replace("_", "-")
+
+
+def in_255(text):
+    """A radius or a step in 1/255, as papers write it: "8" and "8/255" are both 8."""
+    number, slash, unit = text.partition("/")
+    if slash and unit != "255":
+        raise argparse.ArgumentTypeError(f"{text} is not in 1/255; use 8 or 8/255")
+    return float(number)
+
+
+@contextlib.contextmanager
+def sentences():
+    """A ValueError from a file below becomes the sentence that a script ends with."""
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(str(error))
+
+
+def check_numbers(args):
+    """SystemExit for a number that is not finite or makes no sense; in every script's flags."""
+    numbers = {name: value for name, value in vars(args).items() if isinstance(value, (int, float))}
+    for name, value in numbers.items():
+        if name in ("dropout", "stochastic_depth", "label_smoothing", "clean_start"):
+            need(0 <= value <= 1, f"{flag(name)} {value} is no share; use 0 to 1")
+        elif name in MAY_BE_0:
+            need(0 <= value < math.inf, f"{flag(name)} {value} is out of range; use 0 or more")
+        elif not isinstance(value, bool):
+            need(0 < value < math.inf, f"{flag(name)} {value} is out of range; use more than 0")
+
+
+def warn_small_eps(args):
+    """A word where a radius or a step looks like a fraction of the range from 0 to 1."""
+    for name in ("eps", "step_size"):
+        value = getattr(args, name)
+        if value is not None and 0 < value < 0.25:
+            say(f"{flag(name)} {value:g} means {value:g}/255; for {value:g} of the range from 0 to 1 use "
+                f"{flag(name)} {255 * value:g}")
+
+
+def contradictions(saved, given):
+    """Where flags that were typed, {name: value or None}, differ from a run's args.json -> clauses."""
+    clauses = []
+    for name, value in given.items():
+        if value is not None and saved.get(name) != value:
+            clauses.append(f"{flag(name)} {saved.get(name)} (here {value})")
+    return clauses
 
 
 def check_ranges(args):
@@ -377,7 +428,7 @@ def read_checkpoint(out, log):
             try:
                 state = load_file(path)
                 need(isinstance(state, dict) and "optimizer" in state, f"{path} is no checkpoint")
-            except SystemExit as error:
+            except (SystemExit, ValueError) as error:
                 damaged.append(str(error))
                 continue
             for sentence in damaged:
@@ -408,7 +459,8 @@ def init_from(net, path):
     It names what stays at its initialisation, such as a classifier for other classes.
     """
     wanted = net.state_dict()
-    found = read_state_dict(path)
+    with sentences():
+        found, taken_from = read_state_dict(path, wanted)
     taken = {}
     for name, tensor in found.items():
         if name in wanted and wanted[name].shape == tensor.shape:
@@ -419,6 +471,8 @@ def init_from(net, path):
     net.load_state_dict(taken, strict=False)
     missing = [name for name in wanted if name not in taken]
     sentence = f"--init {path}: {len(taken)} of {len(wanted)} tensors taken"
+    if taken_from:
+        sentence += f" ({taken_from})"
     if missing:
         shown = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
         sentence += f"; {len(missing)} stay at their initialisation: {shown}"
