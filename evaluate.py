@@ -19,21 +19,18 @@ Keys: SAT is the paper; its sections are numbered as there.
 import argparse
 import ast
 import fcntl
-import hashlib
 import inspect
 import json
 import math
-import os
 import shlex
-import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-
-if __name__ == "__main__":  # importing torch takes seconds; a Ctrl-C meanwhile prints no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,17 +41,40 @@ import data
 import models
 from attacks import STANDARD, autoattack, masked_gradients, pgd_search
 from data import duration, say, show
-from models import MODELS, attacker_view, build, in_precision, load_weights, weights_hash
-from train import all_ranks, check_ranges, device_name, flag, need, open_device, read_json, write_json
+from models import (MEAN, MODELS, STD, attacker_view, build, in_precision, load_weights, on_device,
+                    weights_hash)
+from train import (check_numbers, contradictions, device_name, flag, in_255, need, open_device,
+                   read_json, sentences, warn_small_eps, write_json)
 
-# What --attack may be, and which of AutoAttack's four searches it runs
-ATTACKS = {"pgd": (), "apgd": STANDARD[:2], "autoattack": STANDARD}
-PGD_FLAGS = ("steps", "step_size", "restarts", "last_iterate")  # the other attacks have none of these
+
+class Attack(NamedTuple):
+    """What --attack calls, which flags are its own, and the searches that it may consist of.
+
+    search: (model, x, y, eps, index, seed, verify, progress, and its own flags) -> x_adv, report. The
+    report has clean, robust, forwards and warnings. It may have restart and step, or fooled_by, and then
+    a ledger line says what fooled the image.
+    """
+
+    search: Callable
+    flags: tuple = ()
+    searches: dict = {}  # name: its share of the time
+
+
+# A new attack is its function, a line here, and in get_args its flags if it has any. A flag that is not
+# given is the data set's or, where that has none, the function's own default
+ATTACKS = {
+    "pgd": Attack(pgd_search, flags=("step_size", "steps", "restarts", "last_iterate")),
+    "apgd": Attack(partial(autoattack, attacks=STANDARD[:2]), searches={"apgd-ce": 0.1, "apgd-t": 0.9}),
+    "autoattack": Attack(autoattack, searches={"apgd-ce": 0.03, "apgd-t": 0.25, "fab-t": 0.25,
+                                               "square": 0.47}),
+}
+# What args.json says of a network and a flag must not contradict
+NETWORK_FLAGS = ("data", "arch", "act", "act_alpha", "bn_eps", "mean", "std")
 
 
 def add_common_flags(p):
     """Those of sanity.py too: which net, which images, how far the attack may go, and where."""
-    p.add_argument("--out", default="out", help="a run's folder: its model.pt, network and data")
+    p.add_argument("--out", help="a run's folder: its model.pt, network and data; default: out")
     p.add_argument("--weights", help="a state dict; the rest: args.json beside it, or these flags")
     p.add_argument("--data", choices=data.DATA_SETS, help="default: the run's, or imagenet")
     p.add_argument("--data-dir", help="default: the run's, or data/imagenet, or data")
@@ -62,22 +82,27 @@ def add_common_flags(p):
     p.add_argument("--act", help="default: the run's")
     p.add_argument("--act-alpha", type=float, help="the curve's parameter; default: the run's")
     p.add_argument("--bn-eps", type=float, help="default: the run's; torchvision's b5 to b7: 1e-3")
+    p.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"),
+                   help="of pixels in [0, 1], for the network; default: the run's, or ImageNet's")
+    p.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="the same")
     p.add_argument("--res", type=int, help="pixels; default: the run's, or the network's own")
     p.add_argument("--limit", type=int, help="images: the first of one fixed permutation")
-    p.add_argument("--eps", type=float, help="L-inf radius in 1/255; default: imagenet 4, else 8")
-    p.add_argument("--step-size", type=float, help="of PGD, in 1/255; default: imagenet 1, else 2")
+    p.add_argument("--eps", type=in_255, help="L-inf radius in 1/255; default: imagenet 4, else 8")
+    p.add_argument("--step-size", type=in_255, help="of PGD, in 1/255; default: imagenet 1, else 2")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
 
 
 def get_args(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw,
+                                usage="python evaluate.py [flags]; --help lists them")
     add_common_flags(p)
     # the attack
     p.add_argument("--attack", default="pgd", choices=ATTACKS, help="apgd: AutoAttack's first two")
     p.add_argument("--steps", type=int, help="of PGD; default: imagenet 200, else 50")
     p.add_argument("--restarts", type=int, help="random starts of PGD to withstand; default: 1")
-    p.add_argument("--last-iterate", action="store_true", help="SAT's protocol: the last decides")
+    p.add_argument("--last-iterate", action="store_true", default=None,
+                   help="SAT's protocol: the last decides")
     p.add_argument("--smooth-backward", default="none", choices=["none", "attacker"],
                    help="attacker: through ReLU with a smooth gradient (SAT Sec. 3.2)")
     p.add_argument("--seed", type=int, default=0, help="of the random starts")
@@ -93,23 +118,24 @@ def get_args(argv=None):
 
 def check(args):
     """SystemExit for flags that argparse cannot judge alone."""
-    check_ranges(args)
-    need(args.out.strip(), "--out is empty; name a run's folder, such as --out out")
-    if args.attack != "pgd":
-        for name in PGD_FLAGS:
-            value = getattr(args, name)
-            need(value is None or value is False,
-                 f"{flag(name)} is PGD's, --attack {args.attack} has its own published "
-                 "numbers; drop it")
-    need(not args.last_iterate or args.restarts in (None, 1),
-         f"--restarts {args.restarts} with --last-iterate: the last iterate is that of one start; use "
-         "--restarts 1")
+    check_numbers(args)
+    warn_small_eps(args)
+    need(args.out is None or args.out.strip(), "--out is empty; name a run's folder, such as --out out")
+    own_flags = ATTACKS[args.attack].flags
+    for attack, (_, flags, _) in ATTACKS.items():
+        for name in flags:
+            need(name in own_flags or getattr(args, name) is None,
+                 f"{flag(name)} is a flag of --attack {attack} and not of {args.attack}; drop it")
     need(args.steps == 0 or args.step_size is None or args.step_size > 0,
          "--step-size 0 is no attack; use --step-size 1, or --steps 0")
-    if args.json:
-        path = Path(args.json)
-        need(not path.is_dir(), f"--json {path} is a folder; name a file in it")
-        make_folder(path.parent)
+    check_json(args.json)
+
+
+def check_json(path):
+    """Make the folder of --json now, so that a wrong path fails before the work."""
+    if path is not None:
+        need(not Path(path).is_dir(), f"--json {path} is a folder; name a file in it")
+        make_folder(Path(path).parent)
 
 
 def make_folder(folder):
@@ -123,98 +149,120 @@ def make_folder(folder):
 # What is measured
 
 def find_run(args):
-    """Network and data: flags first, then the args.json beside the weights -> namespace.
+    """Network and data: the args.json beside the weights, or flags -> namespace.
 
     args.json says which network and which data, and nothing about the attack or the numerics: those of
-    training do not count here. SystemExit where something is missing or damaged.
+    training do not count here. SystemExit where something is missing, damaged, or contradicts it.
     """
-    folder = Path(args.weights).parent if args.weights else Path(args.out)
+    folder = Path(args.weights).parent if args.weights else Path(args.out or "out")
+    weights = Path(args.weights or folder / "model.pt")
+    source = folder / "args.json"
+    given = {name: getattr(args, name) for name in NETWORK_FLAGS}
+    saved = dict(data="imagenet", bn_eps=1e-5, mean=list(MEAN), std=list(STD))  # what older runs had
     train_args = None
-    if (folder / "args.json").exists():
-        train_args = read_json(folder / "args.json")
-        saved = dict(train_args)  # a copy: the report shows train_args as they were
+    if source.exists():
+        train_args = read_json(source)
+        saved |= train_args
+        clauses = contradictions(saved, given)
+        need(not clauses, f"{source} says {', '.join(clauses)}; drop the flag, or move weights of "
+             "another network to a folder of their own")
     elif args.weights is None:
         raise SystemExit(f"no run in {folder} (no args.json); train one, python train.py --data shapes, "
                          "or give --weights FILE --arch ARCH --act ACT --data DATA")
     else:
         need(args.arch and args.act,
-             f"--weights {args.weights} needs the --arch and --act that it was trained with")
-        saved = {"data": args.data or "imagenet"}
-    if args.data is not None and args.data != saved.get("data"):
-        saved.update(data_dir=None, res=None)  # other data has its own
+             f"--weights {weights} needs the --arch and --act that it was trained with")
+    if not weights.exists() and (folder / "last.pt").exists():
+        raise SystemExit(f"no {weights} yet, before the first validation; --weights "
+                         f"{shlex.quote(str(folder / 'last.pt'))} measures the last checkpoint")
 
-    # A flag that is given wins over what the run was trained with
-    run = SimpleNamespace()
-    for name in ("data", "data_dir", "arch", "act", "act_alpha", "bn_eps", "res"):
-        given = getattr(args, name)
-        setattr(run, name, saved.get(name) if given is None else given)
+    run = SimpleNamespace(weights=weights, given=given, train_args=train_args)
+    for name in (*NETWORK_FLAGS, "data_dir", "res"):
+        value = getattr(args, name)
+        setattr(run, name, saved.get(name) if value is None else value)
+    # RUN/eval is for its model.pt alone: who reads reports must not take another file's for the run's
+    run.reports = Path(args.out or folder) / f"eval-{weights.stem}"
+    if weights.resolve() == (run.reports.parent / "model.pt").resolve():
+        run.reports = run.reports.with_name("eval")
     run.classes = saved.get("classes")
     run.small_input = saved.get("small_input")
-    run.weights = Path(args.weights or folder / "model.pt")
-    run.out = Path(args.out)
-    run.train_args = train_args
     # Defaults for what neither the flags nor args.json give
-    source = folder / "args.json"
     need(str(run.data) in data.DATA_SETS, f"{source} has the unknown data {run.data}; use --data with "
          f"one of {', '.join(data.DATA_SETS)}")
     data_set = data.DATA_SETS[run.data]
     if run.small_input is None:
         run.small_input = data_set.small_input
-    if run.bn_eps is None:
-        run.bn_eps = 1e-5
     if run.res is None:
         run.res = data_set.res
     if run.res is None:
         run.res = MODELS[run.arch].res if run.arch in MODELS else 224
-    types = dict(arch=str, act=str, act_alpha=float | None, res=int, bn_eps=float, small_input=bool,
-                 data_dir=str | None, classes=list | None)
-    for name, wanted in types.items():
-        value = getattr(run, name)
-        need(isinstance(value, wanted),
-             f"{source} is damaged ({name} is {value!r}); restore it, or move the weights to another "
-             "folder and give --weights with --arch, --act and --data")
     return run
 
 
 def open_net(run, n_classes, device):
-    """The trained network in eval mode, channels last on a GPU."""
-    net = build(run.arch, run.act, n_classes, act_alpha=run.act_alpha, small_input=run.small_input,
-                bn_eps=run.bn_eps)
-    load_weights(net, run.weights)
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    return net.to(device, memory_format=layout).eval()
+    """The trained network in eval mode. run.mean and run.std become the file's where it holds them.
+
+    run.taken says what was taken of the file; "" for a plain state dict.
+    """
+    with sentences():
+        net = build(run.arch, run.act, n_classes, act_alpha=run.act_alpha, small_input=run.small_input,
+                    bn_eps=run.bn_eps, mean=run.mean, std=run.std)
+        run.taken = load_weights(net, run.weights)
+    for name, values in (("mean", net.mean), ("std", net.std)):
+        if not values.flatten().equal(torch.tensor(getattr(run, name))):  # the file has its own
+            rounded = [round(value, 6) for value in values.flatten().tolist()]
+            need(run.given[name] is None, f"{flag(name)} contradicts {run.taken}; drop it")
+            setattr(run, name, rounded)
+    return on_device(net, device).eval()
 
 
-def without_docstrings(tree):
-    """The syntax tree with every docstring taken out."""
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            if ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-    return tree
+def load(path, device="cpu", num_classes=1000, **flags):
+    """A run's folder, or a file of weights -> its net in eval mode, ready to attack.
+
+    >>> net = load("out")
+    >>> net = load("resnet50.pth", arch="resnet50", act="relu")  # flags as on the command line
+
+    num_classes: of a file without a run's args.json beside it. ValueError in the script's words.
+    """
+    args = get_args(["--out" if Path(path).is_dir() else "--weights", str(path)])
+    for name, value in flags.items():
+        if name not in args:
+            raise ValueError(f"load knows no {name}; use names of evaluate.py's flags, such as bn_eps")
+        setattr(args, name, value)
+    try:
+        run = find_run(args)
+        net = open_net(run, len(run.classes or range(num_classes)), device)
+    except SystemExit as error:
+        raise ValueError(str(error)) from None
+    if run.taken:
+        say(run.taken)
+    return net
 
 
 def code_digest():
-    """A hex digest of the code that decides a verdict: an edited comment does not change it.
+    """A hex digest of the syntax trees that decide a verdict: comments do not count, docstrings do.
 
-    It is of the syntax trees of activations.py, models.py, attacks.py and the evaluation transform.
     This file is not among them: it calls them and counts. After an edit here that changes verdicts, use
     --fresh.
     """
-    sources = [inspect.getsource(module) for module in (activations, models, attacks)]
-    sources += [inspect.getsource(function) for function in (data.eval_transform, data.to_rgb)]
-    digest = hashlib.sha256()
-    for source in sources:
-        tree = without_docstrings(ast.parse(source))
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:12]
+    parts = (activations, models, attacks, data.eval_transform, data.to_rgb)
+    trees = [ast.dump(ast.parse(inspect.getsource(part))) for part in parts]
+    return f"{data.key(*trees):016x}"
+
+
+def from_rank_0(value):
+    """Rank 0's value on every rank, none of which goes on before rank 0 has come here."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 # The ledger: one JSON line per image, one file per process
 
 # Of PGD:                {"index": 7, "label": 3, "clean": 3, "forwards": 12, "fooled": [restart, step]}
 # of its last iterate:   {..., "robust_at": "1100"}, one digit per iterate, 1 where it does not fool
-# of APGD, AutoAttack:   {..., "fooled": "square"}; null where an image is not fooled, here as above
+# of all other attacks:  {..., "fooled": "square"}; null where an image is not fooled, here as above
 # beside the verdicts:   {"warning": "reason: sentence"}
 
 def is_ledger_line(line):
@@ -253,29 +301,35 @@ class Ledger:
     """The verdicts so far, by any number of processes, and this process's file to go on in.
 
     Rank 0 holds a lock, so that two evaluations cannot write one ledger; it takes it before anything is
-    read or deleted.
+    read or deleted. Where nothing can be written or locked, `obstacle` says so, and what is there can
+    still be read.
     """
 
     def __init__(self, folder, name, rank, fresh):
         make_folder(folder)
+        self.obstacle = None
         if rank == 0:
-            self.lock = open(folder / f"{name}.lock", "w")
             try:
+                self.lock = open(folder / f"{name}.lock", "w")
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
             except BlockingIOError:
                 raise SystemExit(f"another evaluation writes {folder / name}; wait for it, or stop it")
-            if fresh:
+            except OSError as error:
+                self.obstacle = (f"cannot write or lock {folder / name}.lock ({error.strerror}); give "
+                                 "--weights FILE --out FOLDER with a folder on another disk")
+            if fresh and not self.obstacle:
                 for path in [folder / f"{name}.json", *folder.glob(f"{name}.*.jsonl")]:
                     path.unlink(missing_ok=True)
-        if dist.is_initialized():
-            dist.barrier()
+        self.obstacle = from_rank_0(self.obstacle)
+        need(not fresh or not self.obstacle, self.obstacle)
         self.verdicts, self.warnings = read_ledger(folder, name)
         if dist.is_initialized():
             dist.barrier()  # nobody writes while others read
-        path = folder / f"{name}.{rank}.jsonl"
-        self.file = open(path, "a", buffering=1)
-        end_of_lines = path.read_bytes().rfind(b"\n") + 1
-        self.file.truncate(end_of_lines)  # without a line torn by a kill
+        if not self.obstacle:
+            path = folder / f"{name}.{rank}.jsonl"
+            self.file = open(path, "a", buffering=1)
+            end_of_lines = path.read_bytes().rfind(b"\n") + 1
+            self.file.truncate(end_of_lines)  # without a line torn by a kill
 
     def write(self, line):
         try:
@@ -289,25 +343,27 @@ class Ledger:
             self.verdicts[line["index"]] = line
 
 
-def verdict_lines(index, y, report):
-    """The lines of a batch, from the report of `pgd_search` or `autoattack`.
+def verdict_lines(attack, index, y, report):
+    """The lines of a batch, from the report of the search of --attack `attack`.
 
     index, y: (N,) int64, the images' numbers in the whole split and their labels.
     """
+    fooled_by = report.get("fooled_by", [attack] * len(y))
+    if "step" in report:
+        fooled_by = torch.stack([report["restart"], report["step"]], 1).tolist()
     lines = []
-    clean = report["clean"].tolist()
-    forwards = report["forwards"].tolist()
     labels = y.tolist()
+    clean = report["clean"].tolist()
+    robust = report["robust"].tolist()
+    forwards = report["forwards"].tolist()
     for row, number in enumerate(index.tolist()):
         line = {"index": number, "label": labels[row], "clean": clean[row], "forwards": forwards[row]}
-        if "fooled_by" in report:
-            line["fooled"] = report["fooled_by"][row]
-        elif "robust_at" in report:
+        if "robust_at" in report:
             digits = report["robust_at"][row].int().tolist()
             line["robust_at"] = "".join(map(str, digits))
         else:
-            step = int(report["step"][row])
-            line["fooled"] = [int(report["restart"][row]), step] if step >= 0 else None
+            is_fooled = clean[row] == labels[row] and not robust[row]
+            line["fooled"] = fooled_by[row] if is_fooled else None
         lines.append(line)
     return lines
 
@@ -325,60 +381,66 @@ def wilson(k, n, z=1.959964):
     return [max(0.0, (middle - half) / (1 + z2_n)), min(1.0, (middle + half) / (1 + z2_n))]
 
 
-def tally(lines, steps):
-    """Ledger lines of PGD -> dict: n, n_correct, n_robust, robust_after each step, forwards.
+def robust_at(line, steps):
+    """Whether no iterate 0 .. k of PGD's first restart fools, for k = 0 .. steps -> [bool].
 
-    robust_after[k] counts the images that no iterate 0 .. k of the first restart fools; with
-    --last-iterate, those that iterate k does not fool, whatever the earlier ones did.
+    Of --last-iterate: whether iterate k does not, whatever the earlier ones did.
+    """
+    if "robust_at" in line:
+        return [digit == "1" for digit in line["robust_at"]]
+    first_fooled = steps + 1
+    if line["clean"] != line["label"]:
+        first_fooled = 0
+    elif line["fooled"] is not None and line["fooled"][0] == 0:
+        first_fooled = line["fooled"][1]
+    return [k < first_fooled for k in range(steps + 1)]
+
+
+def tally(lines, steps=None, searches=()):
+    """Ledger lines -> dict: n, n_correct, n_robust, n_nan, forwards.
+
+    And with PGD's steps robust_after, the sums of `robust_at`; with an attack's searches fooled_by,
+    {name: n}.
     """
     n_correct = 0
     n_robust = 0
-    robust_after = [0] * (steps + 1)
+    n_nan = 0
+    forwards = 0
+    fooled_by = dict.fromkeys(searches, 0)
     for line in lines:
         is_correct = line["clean"] == line["label"]
         n_correct += is_correct
+        n_nan += line["clean"] == -1
+        forwards += line["forwards"]
         if "robust_at" in line:
-            robust_at = [digit == "1" for digit in line["robust_at"]]
-            n_robust += robust_at[-1]  # whatever the verdict on the clean image
+            n_robust += line["robust_at"].endswith("1")  # whatever the verdict on the clean image
         else:
             n_robust += is_correct and line["fooled"] is None
-            first_fooled = steps + 1  # the first iterate of the first restart that fools; none yet
-            if not is_correct:
-                first_fooled = 0
-            elif line["fooled"] is not None and line["fooled"][0] == 0:
-                first_fooled = line["fooled"][1]
-            robust_at = [k < first_fooled for k in range(steps + 1)]
-        for k, is_robust in enumerate(robust_at):
-            robust_after[k] += is_robust
-    return {"n": len(lines), "n_correct": n_correct, "n_robust": n_robust, "robust_after": robust_after,
-            "forwards": sum(line["forwards"] for line in lines)}
+        if fooled_by and line["fooled"] is not None:
+            fooled_by[line["fooled"]] += 1
+    counts = dict(n=len(lines), n_correct=n_correct, n_robust=n_robust, n_nan=n_nan, forwards=forwards)
+    if fooled_by:
+        counts["fooled_by"] = fooled_by
+    if steps is not None:
+        counts["robust_after"] = [0] * (steps + 1)
+        for line in lines:
+            for k, is_robust in enumerate(robust_at(line, steps)):
+                counts["robust_after"][k] += is_robust
+    return counts
 
 
-def tally_autoattack(lines, names):
-    """Ledger lines of AutoAttack -> dict: n, n_correct, n_robust, fooled_by {name: n}, forwards."""
-    n_correct = 0
-    n_robust = 0
-    fooled_by = dict.fromkeys(names, 0)
-    for line in lines:
-        if line["clean"] == line["label"]:
-            n_correct += 1
-            if line["fooled"] is None:
-                n_robust += 1
-            else:
-                fooled_by[line["fooled"]] += 1
-    return {"n": len(lines), "n_correct": n_correct, "n_robust": n_robust, "fooled_by": fooled_by,
-            "forwards": sum(line["forwards"] for line in lines)}
-
-
-def sum_over_ranks(counts, device):
-    """Counts of one process, ints or lists or dicts of ints by name -> counts of all processes."""
-    total = {}
-    for name, value in counts.items():
-        if isinstance(value, dict):
-            total[name] = sum_over_ranks(value, device)
-        else:
-            total[name] = all_ranks(torch.tensor(value, device=device)).tolist()
-    return total
+def warnings_of(lines, counts, classes):
+    """What the verdicts of all images together give reason to doubt -> [str]."""
+    warnings = []
+    if counts["n_nan"] > 0:
+        warnings.append(f"not finite: {counts['n_nan']} of {counts['n']} clean images have NaN logits; "
+                        "NaN counts as wrong")
+    labels = {line["label"] for line in lines}
+    guesses = {line["clean"] for line in lines}
+    if len(labels) > 1 and len(guesses) == 1 and counts["n_nan"] == 0:
+        warnings.append(f"one class: every image is taken for {classes[guesses.pop()]}; a network that "
+                        "learned nothing cannot be fooled, so robust is no robustness")
+    return warnings + masked_gradients(counts["n"], counts.get("fooled_by", {}))
 
 
 def first_of_each_reason(warnings):
@@ -397,17 +459,21 @@ def report_lines(report):
         low, high = wilson(k, n)
         return f"{name:<9} {100 * k / n:6.2f}%  {k} of {n}, 95%: {100 * low:.2f} to {100 * high:.2f}"
 
+    normalised = ""
+    if (report["mean"], report["std"]) != (list(MEAN), list(STD)):
+        normalised = f", mean {report['mean']}, std {report['std']}"
     yield (f"{report['weights']}: {report['arch']} {report['act']} on {report['data']} at "
-           f"{report['res']} px")
+           f"{report['res']} px{normalised}")
     attack = report["attack"]
-    if attack == "pgd":
-        attack = f"PGD-{report['steps']}, step {report['step_size']:g}, restarts {report['restarts']}"
+    for name in ATTACKS[attack].flags:
+        if report[name] is not False:
+            attack += f", {name} {report[name]:g}"
     protocol = "the last iterate, SAT's protocol" if report["last_iterate"] else "every iterate"
     yield (f"{attack}, eps {report['eps']:g}, seed {report['seed']}, {report['dtype']}, verdict of "
            f"{protocol}")
     yield share("clean", report["n_correct"])
     yield share("robust", report["n_robust"])
-    if report["attack"] == "pgd":
+    if "robust_after" in report:
         steps = report["steps"]
         marks = [k for k in (0, 1, 2, 5, 10, 20, 50, 100) if k < steps] + [steps]
         after = [f"{k}: {100 * report['robust_after'][k] / n:.2f}%" for k in marks]
@@ -423,16 +489,38 @@ def report_lines(report):
         yield f"warning   {warning}"
 
 
+def own_numbers(args, data_set):
+    """The attack's own flags, {name: value}: as given, or the data set's, or the function's default."""
+    attack = ATTACKS[args.attack]
+    parameters = inspect.signature(attack.search).parameters
+    numbers = {}
+    for name in attack.flags:
+        numbers[name] = getattr(args, name)
+        if numbers[name] is None:
+            numbers[name] = getattr(data_set, name, parameters[name].default)
+    return numbers
+
+
+def share_done(searches, name, step, n_steps):
+    """How much of a batch's attack is done at a step of the search `name`, as a fraction."""
+    if not searches:  # the attack is one
+        return step / n_steps
+    done = 0
+    for search, share in searches.items():
+        if search == name:
+            return done + share * step / n_steps
+        done += share
+
+
 def main():
     args = get_args()
     check(args)
     run = find_run(args)
     device, rank, world = open_device(args.device, args.dtype, timeout=timedelta(hours=24))
     data_set = data.DATA_SETS[run.data]
+    attack = ATTACKS[args.attack]
+    numbers = own_numbers(args, data_set)
     eps = data_set.eps if args.eps is None else args.eps
-    steps = data_set.steps if args.steps is None else args.steps
-    step_size = data_set.step_size if args.step_size is None else args.step_size
-    restarts = args.restarts or 1
     batch_size = args.batch_size
     if batch_size is None:
         batch_size = 100 if device.type == "cpu" else data_set.eval_batch
@@ -442,7 +530,10 @@ def main():
     images = data.load(run.data, run.data_dir, train=False, res=run.res, classes=run.classes,
                        device=device)
     net = open_net(run, len(images.classes), device)
-    view = attacker_view(net, smooth_backward=args.smooth_backward == "attacker")
+    if run.taken and rank == 0:
+        say(run.taken)
+    with sentences():
+        view = attacker_view(net, smooth_backward=args.smooth_backward == "attacker")
     model = in_precision(view, args.dtype, device)
     verify = None if args.dtype == "fp32" else in_precision(attacker_view(net), "fp32", device)
     workers = data.loader_workers(args.workers, images, world)
@@ -451,98 +542,90 @@ def main():
     # (not with batch size, workers, number of processes or --limit, which cannot)
     digest = weights_hash(net)
     code = code_digest()
-
-    def reading(n_read, n):
-        show(f"fingerprint of the images: {n_read}/{n} files")
-
-    fingerprint = images.fingerprint(progress=reading)
-    numbers = ""
-    if args.attack == "pgd":
-        last = "-last" if args.last_iterate else ""
-        numbers = f"-step{step_size:g}-{steps}x{restarts}{last}"
-    identity = data.key(digest, code, fingerprint, run.arch, run.act, run.act_alpha, run.bn_eps, run.res,
-                        run.small_input, eps, step_size, args.smooth_backward, args.dtype, device.type)
-    name = f"{args.attack}-eps{eps:g}{numbers}-seed{args.seed}-{identity % 16**8:08x}"
-    folder = run.out / "eval"
-    ledger = Ledger(folder, name, rank, args.fresh)
+    fingerprint = from_rank_0(images.fingerprint() if rank == 0 else None)
+    network = (digest, run.arch, run.act, run.act_alpha, run.bn_eps, run.mean, run.std, run.small_input)
+    identity = data.key(network, code, fingerprint, run.res, eps, numbers, args.smooth_backward,
+                        args.dtype, device.type)
+    name = f"{args.attack}-eps{eps:g}"
+    for number, value in numbers.items():
+        if value is not False:
+            name += f"-{number}{value:g}"
+    name += f"-seed{args.seed}-{identity % 16**8:08x}"
+    ledger = Ledger(run.reports, name, rank, args.fresh)
     own = data.subset(images.n, args.limit)[rank::world].tolist()
     remaining = [number for number in own if number not in ledger.verdicts]
+    need(not remaining or not ledger.obstacle, ledger.obstacle)
     if ledger.verdicts and rank == 0:
-        say(f"{len(ledger.verdicts)} verdicts are in {folder / name}.*; --fresh starts over")
+        say(f"{len(ledger.verdicts)} verdicts are in {run.reports / name}.*; --fresh starts over")
 
     # One pass over what is not decided yet: the attack, then its lines. It runs eagerly, since batches
     # shrink while images are fooled and each new shape would have to be compiled
     began = time.monotonic()
+    last_line = began
     n_done = 0
 
-    def progress(attack, step, n_steps, n_undecided):
-        spent = time.monotonic() - began
-        eta = "?"  # no batch is done yet
-        if n_done > 0:
-            eta = duration(spent / n_done * (len(remaining) - n_done))
-        show(f"{n_done}/{len(remaining)} images | {attack} step {step}/{n_steps}, {n_undecided} open"
-             f" | {duration(spent)} | eta {eta}")
+    def progress(search, step, n_steps, n_undecided):
+        nonlocal last_line
+        now = time.monotonic()
+        n = n_done + len(y) * share_done(attack.searches, search, step, n_steps)
+        eta = duration((now - began) / n * (len(remaining) - n)) if n > 0 else "?"
+        text = (f"{n_done}/{len(remaining)} images | {search} step {step}/{n_steps}, {n_undecided} open"
+                f" | {duration(now - began)} | eta {eta}")
+        show(text)
+        if rank == 0 and not sys.stdout.isatty() and now - last_line > 60:  # where show is silent
+            say(text)
+            last_line = now
 
+    arguments = dict(eps=eps / 255, seed=args.seed, verify=verify, progress=progress, **numbers)
+    if "step_size" in arguments:
+        arguments["step_size"] /= 255
     batches = data.eval_batches(images, torch.tensor(remaining, dtype=torch.long), batch_size,
                                 workers=workers, device=device)
     for index, x, y in batches:
-        if args.attack == "pgd":
-            _, report = pgd_search(
-                model, x, y, eps=eps / 255, step_size=step_size / 255, steps=steps, index=index,
-                restarts=restarts, seed=args.seed, verify=verify, last_iterate=args.last_iterate,
-                progress=progress)
-        else:
-            _, report = autoattack(
-                model, x, y, eps=eps / 255, index=index, seed=args.seed, verify=verify,
-                attacks=ATTACKS[args.attack], progress=progress)
-            for warning in first_of_each_reason(report["warnings"]):
-                if not warning.startswith("masked gradients"):  # judged below, over all images
-                    ledger.write({"warning": warning})
-        for line in verdict_lines(index, y, report):
+        with sentences():
+            _, report = attack.search(model, x, y, index=index, **arguments)
+        for warning in first_of_each_reason(report["warnings"]):
+            if not warning.startswith("masked gradients"):  # judged below, over all images
+                ledger.write({"warning": warning})
+        for line in verdict_lines(args.attack, index, y, report):
             ledger.write(line)
         n_done += len(y)
     seconds = round(time.monotonic() - began, 1)
 
     # Counts over all processes
-    lines = [ledger.verdicts[number] for number in own]
-    if args.attack == "pgd":
-        counts = tally(lines, steps)
-    else:
-        counts = tally_autoattack(lines, ATTACKS[args.attack])
-    n_nan = sum(line["clean"] == -1 for line in lines)
-    counts.update(n_nan=n_nan, n_timed=len(remaining))
-    counts = sum_over_ranks(counts, device)
-    warnings = ledger.warnings
+    own_lines = [ledger.verdicts[number] for number in own]
+    every_rank = [(own_lines, ledger.warnings, n_done)]
     if world > 1:
-        every_rank = [None] * world
-        dist.all_gather_object(every_rank, ledger.warnings)
-        warnings = sum(every_rank, [])
-    if counts["n_nan"] > 0:  # first, so that this total is kept and not the sentence of one batch
-        not_finite = (f"not finite: {counts['n_nan']} of {counts['n']} clean images have NaN logits; "
-                      "NaN counts as wrong")
-        warnings = [not_finite, *warnings]
-    warnings = first_of_each_reason(warnings)
-    warnings += masked_gradients(counts["n"], counts.get("fooled_by", {}))
+        every_rank *= world
+        dist.all_gather_object(every_rank, every_rank[rank])
+    lines = []
+    warnings = []
+    n_timed = 0
+    for its_lines, its_warnings, n_its in every_rank:
+        lines += its_lines
+        warnings += its_warnings
+        n_timed += n_its
+    counts = tally(lines, numbers.get("steps"), attack.searches)
+    warnings = first_of_each_reason(warnings_of(lines, counts, images.classes) + warnings)
 
     # The report: what was measured with which numbers, what was counted, and where it comes from
     if rank == 0:
-        path = folder / f"{name}.json"
+        path = run.reports / f"{name}.json"
         earlier = read_json(path) if path.exists() else {"n": 0}
-        if counts["n_timed"] == 0 and earlier["n"] == counts["n"]:
+        if n_timed == 0 and earlier["n"] == counts["n"]:
             # Nothing was measured now: the time is that of the earlier report
             seconds = earlier.get("seconds", seconds)
-            counts["n_timed"] = earlier.get("n_timed", counts["n"])
+            n_timed = earlier.get("n_timed", counts["n"])
         report = {
             "weights": str(run.weights), "hash": digest, "arch": run.arch, "act": run.act,
-            "act_alpha": run.act_alpha, "data": run.data, "res": run.res,
-            "attack": args.attack, "eps": eps, "steps": steps, "step_size": step_size,
-            "restarts": restarts, "last_iterate": args.last_iterate, "seed": args.seed,
+            "act_alpha": run.act_alpha, "bn_eps": run.bn_eps, "mean": run.mean, "std": run.std,
+            "data": run.data, "res": run.res, "attack": args.attack, "eps": eps, "steps": None,
+            "step_size": None, "restarts": None, "last_iterate": False, **numbers, "seed": args.seed,
             "smooth_backward": args.smooth_backward, "dtype": args.dtype,
-            **counts, "interval": wilson(counts["n_robust"], counts["n"]), "warnings": warnings,
-            "ledger": name, "images": fingerprint, "code": code, "seconds": seconds, "processes": world,
-            "device": device_name(device), "commit": None, "torch": None, "train": None}
-        if args.attack != "pgd":
-            report.update(steps=None, step_size=None, restarts=None)
+            **counts, "n_timed": n_timed, "interval": wilson(counts["n_robust"], counts["n"]),
+            "warnings": warnings, "ledger": name, "images": fingerprint, "code": code,
+            "seconds": seconds, "processes": world, "device": device_name(device),
+            "commit": None, "torch": None, "train": None}
         if run.train_args is not None:  # of the training run
             report["commit"] = run.train_args.get("commit")
             report["torch"] = run.train_args.get("torch")
@@ -553,33 +636,16 @@ def main():
             say(line)
         if earlier["n"] > counts["n"]:  # a look at fewer images does not replace it
             say(f"{path} keeps its {earlier['n']} images")
-        else:
+        elif not ledger.obstacle:
             write_json(path, report)
         if args.json:
-            try:
-                Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
-            except OSError as error:
-                raise SystemExit(f"cannot write {args.json} ({error.strerror}); give another file")
+            write_json(Path(args.json), report)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def how_to_go_on():
-    """The command that goes on where this one was stopped, ready to paste.
-
-    Without --fresh, which would start over.
-    """
-    words = [word for word in sys.argv if word != "--fresh"]
-    world = os.environ.get("LOCAL_WORLD_SIZE")
-    start = "python" if world is None else f"torchrun --nproc_per_node={world}"
-    return f"{start} {shlex.join(words)}"
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") != "0":
-            raise SystemExit(1)
-        raise SystemExit(f"\nstopped; go on with: {how_to_go_on()}")
+        raise SystemExit("\nstopped; the same command goes on (without --fresh)")

@@ -14,6 +14,7 @@ import copy
 import hashlib
 import math
 import pickle
+import re
 import zipfile
 from functools import partial
 from typing import NamedTuple
@@ -417,8 +418,15 @@ def in_precision(net, dtype, device):
 
 # Where weights come from
 
+# What an average is called where it lies beside the raw weights
+AVERAGE = re.compile(r"(^|[._])(ema|swa|avg|average|averaged)([._]|$)")
+# What a normalisation in front of a network calls its buffers
+NORMALISATION = {"mean": "mean", "mu": "mean", "new_mean": "mean",
+                 "std": "std", "sigma": "std", "new_std": "std"}
+
+
 def load_file(path):
-    """A file of tensors and plain Python, on the CPU. SystemExit if missing or damaged."""
+    """A file of tensors and plain Python, on the CPU. ValueError if it is missing or anything else."""
     try:
         if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as archive:
@@ -427,53 +435,139 @@ def load_file(path):
                 raise ValueError(f"{damaged} does not match its checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise SystemExit(f"no file {path}; train first, or give the path of a file that exists")
+        raise ValueError(f"no file {path}; train first, or give the path of a file that exists")
     except Exception as error:  # a dozen kinds, depending on where the damage is
+        forbidden = re.search(r"GLOBAL (\S+)", str(error))
+        if forbidden:
+            raise ValueError(
+                f"{path} holds {forbidden[1]} beside its weights, and to read that can run code; if you "
+                "trust the file, write its weights alone into another, here those under 'state_dict': "
+                f"python -c \"import torch; torch.save(torch.load({str(path)!r}, weights_only=False)"
+                "['state_dict'], 'weights.pt')\"")
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if isinstance(error, (KeyError, pickle.UnpicklingError)):  # their text helps nobody
             reason = "torch cannot read it"
-        raise SystemExit(f"{path} is damaged or not a file of weights ({reason}); give another file")
+        raise ValueError(f"{path} is damaged or not a file of weights ({reason}); give another file")
 
 
-def read_state_dict(path):
-    """{name: tensor} from a state dict: bare, under "model" or "state_dict", with or without "module.".
+def flatten(content, prefix=""):
+    """Dicts in dicts -> {dotted name: tensor}, without what is no tensor."""
+    tensors = {}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            tensors |= flatten(value, f"{prefix}{name}.")
+        elif torch.is_tensor(value):
+            tensors[f"{prefix}{name}"] = value
+    return tensors
 
-    SystemExit if the file holds none, or a weight that is not finite.
+
+def below(prefix, tensors, wanted):
+    """The tensors under a prefix, by their names without it; no counters that `wanted` does not have."""
+    found = {}
+    for whole_name, tensor in tensors.items():
+        name = whole_name.removeprefix(prefix)
+        if whole_name.startswith(prefix) and (tensor.is_floating_point() or name in wanted):
+            found[name] = tensor
+    return found
+
+
+def best_prefixes(tensors, wanted):
+    """The prefixes, such as "state_dict.module.", under which most tensors of `wanted` are."""
+    first_name = next(iter(wanted))
+    n_fitting = {"": 0}
+    for whole_name in tensors:
+        if whole_name.endswith(first_name):
+            prefix = whole_name.removesuffix(first_name)
+            found = below(prefix, tensors, wanted)
+            fits = [name in found and found[name].shape == wanted[name].shape for name in wanted]
+            n_fitting[prefix] = sum(fits)
+    most = max(n_fitting.values())
+    return [prefix for prefix in n_fitting if n_fitting[prefix] == most]
+
+
+def read_state_dict(path, wanted):
+    """What a file holds for a network whose state dict is `wanted` -> {name: tensor}, sentence.
+
+    The weights are where most of `wanted` fits, whatever the keys and prefixes before their names. Where
+    an average lies beside the raw weights it is taken. A normalisation is returned as "mean" and "std",
+    (3, 1, 1). The sentence says what was taken; it is "" for a plain state dict. ValueError if the file
+    holds no weights, several that fit and differ, or one that is not finite.
     """
-    state = load_file(path)
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    weights = {}
-    if isinstance(state, dict):
-        for name, tensor in state.items():
-            if torch.is_tensor(tensor):
-                weights[str(name).removeprefix("module.")] = tensor
-    if not weights:
-        raise SystemExit(f"{path} holds no state dict; give a file of named weights, such as a model.pt")
-    for name, tensor in weights.items():
+    content = load_file(path)
+    tensors = {}
+    normalisation = {}
+    for name, tensor in flatten(content if isinstance(content, dict) else {}).items():
+        last_word = name.rpartition(".")[2].strip("_")
+        if last_word in NORMALISATION and tensor.numel() == 3:
+            normalisation[NORMALISATION[last_word]] = tensor.float().view(3, 1, 1)
+        else:
+            tensors[name] = tensor
+    if not tensors:
+        raise ValueError(f"{path} holds no state dict; give a file of named weights, such as a model.pt")
+
+    prefixes = best_prefixes(tensors, wanted)
+    averages = [prefix for prefix in prefixes if AVERAGE.search(prefix)]
+    candidates = averages or prefixes
+    prefix = candidates[0]
+    found = below(prefix, tensors, wanted)
+    for other in candidates[1:]:
+        found_there = below(other, tensors, wanted)
+        same = [name in found and found[name].float().equal(tensor.float())
+                for name, tensor in found_there.items()]
+        if not all(same):
+            raise ValueError(f"{path} holds several networks that fit, {prefix[:-1]} and {other[:-1]}; "
+                             "save the one to use in a file of its own")
+    for name, tensor in found.items():
         if not tensor.isfinite().all():
-            raise SystemExit(f"{path}: {name} is not finite; give weights from before training diverged")
-    return weights
+            raise ValueError(f"{path}: {name} is not finite; give weights from before training diverged")
+
+    said = []
+    if prefix:
+        said.append(f"weights taken from {prefix[:-1]}")
+    if len(averages) < len(prefixes) and averages:
+        said.append("an average that lies beside the raw ones")
+    for name, values in normalisation.items():
+        numbers = [f"{value:g}" for value in values.flatten().tolist()]
+        said.append(f"{name} {' '.join(numbers)}")
+    sentence = f"{path}: {', '.join(said)}" if said else ""
+    return found | normalisation, sentence
 
 
 def load_weights(net, path):
-    """Load a file that `read_state_dict` can read. SystemExit unless every tensor fits."""
-    found = read_state_dict(path)
+    """Load what `read_state_dict` finds, its normalisation too -> its sentence.
+
+    ValueError unless every tensor fits; only counters may be missing, no verdict depends on them.
+    """
     wanted = net.state_dict()
+    found, sentence = read_state_dict(path, wanted)
+    mean = found.pop("mean", net.mean)
+    std = found.pop("std", net.std)
     differ = []
     for name in sorted(wanted.keys() | found.keys()):
-        if name not in found or name not in wanted or found[name].shape != wanted[name].shape:
+        if name not in found:
+            fits = not wanted[name].is_floating_point()
+        else:
+            fits = name in wanted and found[name].shape == wanted[name].shape
+        if not fits:
             differ.append(name)
+    last = list(wanted)[-1]  # the bias of the last layer
+    if last in found and len(differ) == 2 and last in differ:
+        n_file = len(found[last])
+        n_net = len(wanted[last])
+        raise ValueError(f"{path} tells {n_file} classes apart and the data has {n_net}; give it data "
+                         f"of its {n_file} classes, or train on the {n_net}, starting from this file")
     if differ:
         name = differ[0]
         in_file = tuple(found[name].shape) if name in found else "absent"
         in_net = tuple(wanted[name].shape) if name in wanted else "absent"
-        raise SystemExit(
+        raise ValueError(
             f"{path} does not fit this network: {len(differ)} of its tensors differ, e.g. {name}, "
-            f"{in_file} in the file and {in_net} in the network; use the flags "
-            "--arch, --act and --data of its training")
-    net.load_state_dict(found)
+            f"{in_file} in the file and {in_net} in the network; name the network, the curve and the "
+            "data that it was trained with")
+    net.load_state_dict(found, strict=False)
+    net.mean.copy_(mean)
+    net.std.copy_(std)
+    return sentence
 
 
 def weights_hash(net):
