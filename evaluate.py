@@ -112,6 +112,12 @@ def check(args):
         make_folder(path.parent)
 
 
+def check_json(path):
+    if path is not None:
+        need(not Path(path).is_dir(), f"--json {path} is a folder; name a file in it")
+        make_folder(Path(path).parent)
+
+
 def make_folder(folder):
     """With its parents. SystemExit where that cannot be, such as below a file."""
     try:
@@ -152,6 +158,7 @@ def find_run(args):
     run.small_input = saved.get("small_input")
     run.weights = Path(args.weights or folder / "model.pt")
     run.out = Path(args.out)
+    run.mean = run.std = None
     run.train_args = train_args
     # Defaults for what neither the flags nor args.json give
     source = folder / "args.json"
@@ -176,11 +183,19 @@ def find_run(args):
     return run
 
 
+def load(path, device="cpu", num_classes=1000, **flags):
+    where = "out" if Path(path).is_dir() else "weights"
+    args = SimpleNamespace(**{**vars(get_args([])), where: str(path), **flags})
+    run = find_run(args)
+    return open_net(run, len(run.classes or range(num_classes)), torch.device(device))
+
+
 def open_net(run, n_classes, device):
     """The trained network in eval mode, channels last on a GPU."""
     net = build(run.arch, run.act, n_classes, act_alpha=run.act_alpha, small_input=run.small_input,
                 bn_eps=run.bn_eps)
     load_weights(net, run.weights)
+    run.taken = ""
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     return net.to(device, memory_format=layout).eval()
 

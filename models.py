@@ -344,6 +344,11 @@ def shares_storage(net, view):
 
 # How a network runs
 
+def on_device(net, device):
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return net.to(device, memory_format=layout)
+
+
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

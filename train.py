@@ -20,6 +20,7 @@ step many times slower than one thread does.
 Keys: SAT is the paper; equations, sections and tables are numbered as there.
 """
 import argparse
+import contextlib
 import copy
 import ctypes
 import fcntl
@@ -196,6 +197,22 @@ def check_ranges(args):
         value = getattr(args, name, None)
         if value is not None:  # and NaN is in no range
             need(least <= value <= most, f"{flag(name)} {value} is out of range; use {least} to {most}")
+
+
+@contextlib.contextmanager
+def sentences():
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(str(error))
+
+
+def check_numbers(args):
+    check_ranges(args)
+
+
+def warn_small_eps(args):
+    pass
 
 
 def check(args, world):
@@ -516,6 +533,36 @@ def update_ema(ema, net, n_updates):
             mean.lerp_(value, 1 - decay)
         else:
             mean.copy_(value)
+
+
+def make_views(net, args, device, world=1, kept=None):
+    view = attacker_view(net, smooth_backward=args.smooth_backward in ("attacker", "both"))
+    train_model = net.train()
+    if args.compile:
+        view = torch.compile(view, dynamic=False)
+        train_model = torch.compile(net, dynamic=False)
+    return in_precision(view, args.dtype, device), train_model, None
+
+
+def make_optimizer(args, net, device):
+    optimizer = torch.optim.SGD(parameter_groups(net, args.wd), args.lr, momentum=0.9,
+                                nesterov=args.nesterov, fused=device.type == "cuda")
+    return optimizer, torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+
+
+def update(args, attack_model, train_model, optimizer, scaler, x, y):
+    sums = 0
+    for x_part, y_part in zip(x.chunk(args.accum), y.chunk(args.accum)):
+        x_adv = attack(args, attack_model, x_part, y_part)
+        with precision(args.dtype, x.device):
+            logits = train_model(x_adv)
+        loss = F.cross_entropy(logits.float(), y_part, label_smoothing=args.label_smoothing)
+        scaler.scale(loss * len(x_part) / len(x)).backward()
+        sums = sums + batch_sums(logits.float(), y_part)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return sums
 
 
 def validate(args, model, images, held_out, workers, device, rank, world):
