@@ -201,8 +201,8 @@ def pgd(model, x, y, eps, step_size, steps, noise=None, loss=cross_entropy, chec
     x_adv = torch.clamp(x + noise, lower, upper)  # Differs from SAT, whose start may leave [0, 1]
     for _ in range(steps):
         _, grad = input_gradient(model, x_adv, objective)
-        # NaN stays NaN, so that training notices and stops; sign() would turn it into 0
-        direction = torch.where(grad.isnan(), grad, grad.sign())
+        # What is not finite becomes NaN, so that training notices and stops; sign() would hide it
+        direction = torch.where(grad.isfinite(), grad.sign(), torch.nan)
         x_adv = torch.clamp(x_adv + step_size * direction, lower, upper)
     return x_adv
 
