@@ -883,7 +883,7 @@ def main():
     n_before = progress.n_updates  # by earlier processes
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # of this epoch (batch_sums)
     if rank == 0:  # saved as the sum over all ranks, so only one rank may add it
-        sums += torch.tensor(progress.sums, dtype=torch.float64)
+        sums += torch.tensor(progress.sums, dtype=torch.float64, device=device)
     batches = data.train_batches(
         images, members, args.batch_size, args.epochs, seed=args.seed,
         start=(progress.epoch, progress.step), rank=rank, world=world, workers=workers, device=device,
