@@ -716,9 +716,9 @@ def compare_training(pairs):
 
 def flags_that_differ(pairs):
     """The flags of training that are not the same in all runs -> ["act: silu | relu"]."""
-    # Not listed: the flags of train.FREE (`init` is there, but its init_hash is listed), and what may
-    # differ between two runs of one method: the seed, the commit, and what depends on the machine
-    ignored = {*train.FREE, "seed", "commit", "processes", "python", "torch", "torchvision"}
+    # Not listed: the flags of train.FREE except --init, and what may differ between two runs of one
+    # method: the seed, the commit, and what depends on the machine
+    ignored = {*train.FREE, "seed", "commit", "processes", "python", "torch", "torchvision"} - {"init"}
     names = {name for pair in pairs for run in pair for name in run.args} - ignored
     differ = []
     for name in sorted(names):
