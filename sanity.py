@@ -198,20 +198,22 @@ def doubts_about_the_model(net, x, y):
     chance = 1 / logits.shape[1]
     quarter = chance + (1 - chance) / 4  # of the way from chance to 100%
     eighth = chance + (1 - chance) / 8
-    yield Doubt("right on clean images", "at least", warn=quarter, fail=eighth,
-                why="guessing leaves nothing to attack"), right
+    yield right, Doubt(
+        "right on clean images", "at least", warn=quarter, fail=eighth,
+        why="guessing leaves nothing to attack")
 
     largest = logits.abs().amax(1)
     difference = (again - logits).abs().amax(1)
     drift = difference > 1e-4 * largest
-    yield Doubt("two calls differ", "at most", warn=0.02, fail=0.1,
-                why="a random net hides its gradient"), drift
+    yield drift, Doubt(
+        "two calls differ", "at most", warn=0.02, fail=0.1, why="a random net hides its gradient")
     not_finite = ~logits.isfinite().all(1)
     is_positive = logits.amin(1) >= 0
     from_one = (logits.sum(1) - 1).abs()
     is_softmax = is_positive & (from_one < 1e-4)
-    yield Doubt("outputs are no logits", "at most", warn=0.02, fail=0.1,
-                why="NaN, or a softmax, which flattens the loss"), not_finite | is_softmax
+    yield not_finite | is_softmax, Doubt(
+        "outputs are no logits", "at most", warn=0.02, fail=0.1,
+        why="NaN, or a softmax, which flattens the loss")
 
     def loss(logits):
         return cross_entropy(logits, y)
@@ -219,8 +221,9 @@ def doubts_about_the_model(net, x, y):
     _, grad = input_gradient(net, x, loss)
     share_of_zeros = (grad == 0).flatten(1).float().mean(1)
     has_zeros = share_of_zeros > 0.05
-    yield Doubt("zeros in the input gradient", "at most", warn=0.03, fail=0.1,
-                why="saturated or rounded: PGD sees nothing"), has_zeros[right]
+    yield has_zeros[right], Doubt(
+        "zeros in the input gradient", "at most", warn=0.03, fail=0.1,
+        why="saturated or rounded: PGD sees nothing")
 
 
 def doubts_about_iterations(run, index, x, y, x_adv, report):
@@ -234,33 +237,35 @@ def doubts_about_iterations(run, index, x, y, x_adv, report):
         return right & (robust | (step > k))
 
     by_noise = step == 0
-    yield Doubt("fooled by noise", "at most", warn=0.1, fail=0.3,
-                why="a random start is no attack"), by_noise[right]
+    yield by_noise[right], Doubt(
+        "fooled by noise", "at most", warn=0.1, fail=0.3, why="a random start is no attack")
     by_steps = step > 0
-    yield Doubt(f"fooled by steps 1 to {STEPS}", "at least", warn=0.05, fail=0.02,
-                why="PGD is blind", skip="no image is right after noise"), by_steps[withstands(0)]
-    yield Curve("robust after steps", MARKS), torch.stack([withstands(k) for k in MARKS], 1)
+    yield by_steps[withstands(0)], Doubt(
+        f"fooled by steps 1 to {STEPS}", "at least", warn=0.05, fail=0.02,
+        why="PGD is blind", skip="no image is right after noise")
+    yield torch.stack([withstands(k) for k in MARKS], 1), Curve("robust after steps", MARKS)
     late = step > 100
-    yield Doubt(f"fooled by steps 101 to {STEPS}", "at most", warn=0.03, fail=0.1,
-                why="PGD has not converged"), late
-    yield Doubt("robust", "at least", warn=0.1, fail=0.05,
-                why="there is no robustness to doubt"), robust
+    yield late, Doubt(
+        f"fooled by steps 101 to {STEPS}", "at most", warn=0.03, fail=0.1, why="PGD has not converged")
+    yield robust, Doubt("robust", "at least", warn=0.1, fail=0.05, why="there is no robustness to doubt")
 
     fooled = right & ~robust
     rounded = (255 * x_adv[fooled]).round() / 255
     guesses = predict(logits_of(run.net, rounded))
     still_wrong = guesses != y[fooled]
-    yield Doubt("fooled by 8-bit pictures too", "at least", warn=0.85, fail=0,  # never a FAIL
-                why="saved as files, x_adv is rounded", skip="no image is fooled"), still_wrong
+    # fail=0: may WARN, never FAIL
+    yield still_wrong, Doubt(
+        "fooled by 8-bit pictures too", "at least", warn=0.85, fail=0,
+        why="saved as files, x_adv is rounded", skip="no image is fooled")
 
     # One step from a random start, as in training (SAT Sec. 3.1)
     _, once = search(run.net, index, x, y, eps=run.eps, step_size=run.eps, steps=1)
     by_one_only = ~once["robust"] & withstands(50)
-    yield Doubt("PGD-1 fools, PGD-50 does not", "at most", warn=0.03, fail=0.1,
-                why="masked gradients"), by_one_only[right]
-    yield Doubt("withstands PGD-1, PGD-50 too", "at least", warn=0.5, fail=0.25,
-                why="overfit to one step",
-                skip="no image withstands PGD-1"), withstands(50)[once["robust"]]
+    yield by_one_only[right], Doubt(
+        "PGD-1 fools, PGD-50 does not", "at most", warn=0.03, fail=0.1, why="masked gradients")
+    yield withstands(50)[once["robust"]], Doubt(
+        "withstands PGD-1, PGD-50 too", "at least", warn=0.5, fail=0.25,
+        why="overfit to one step", skip="no image withstands PGD-1")
 
 
 def doubts_about_the_radius(run, index, x, y, right):
@@ -271,9 +276,9 @@ def doubts_about_the_radius(run, index, x, y, right):
         step_size = max(1, 2.5 * eps / RADII_STEPS)
         _, report = search(run.net, index, x, y, eps=eps, step_size=step_size, steps=RADII_STEPS)
         columns.append(report["robust"])
-    yield Doubt(f"robust at eps {RADII[-1]}", "at most", warn=0.05, fail=0.15,
-                why="such noise drowns the image"), columns[-1][right]
-    yield Curve(f"robust to PGD-{RADII_STEPS} at eps", RADII), torch.stack(columns, 1)
+    yield columns[-1][right], Doubt(
+        f"robust at eps {RADII[-1]}", "at most", warn=0.05, fail=0.15, why="such noise drowns the image")
+    yield torch.stack(columns, 1), Curve(f"robust to PGD-{RADII_STEPS} at eps", RADII)
 
 
 def doubts_from_other_attacks(run, index, x, y, robust):
@@ -287,8 +292,8 @@ def doubts_from_other_attacks(run, index, x, y, robust):
 
     _, again = search(run.net, index[robust], x[robust], y[robust], eps=run.eps,
                       step_size=run.step_size, steps=20, restarts=4, seed=1)
-    yield Doubt("robust, but not to 4 restarts", "at most", warn=0.03, fail=0.1,
-                why="PGD depends on luck"), of_all(~again["robust"])
+    yield of_all(~again["robust"]), Doubt(
+        "robust, but not to 4 restarts", "at most", warn=0.03, fail=0.1, why="PGD depends on luck")
 
     _, report = autoattack(
         run.net, x[robust], y[robust], eps=run.eps / 255, index=index[robust],
@@ -296,10 +301,12 @@ def doubts_from_other_attacks(run, index, x, y, robust):
     fooled_by = np.array(report["fooled_by"], dtype=object)
     by_apgd = torch.from_numpy(fooled_by == "apgd-ce").to(y.device)
     by_square = torch.from_numpy(fooled_by == "square").to(y.device)
-    yield Doubt("robust, but not to APGD", "at most", warn=0.05, fail=0.15,
-                why="PGD stops short; quote AutoAttack"), of_all(by_apgd)
-    yield Doubt("robust to both, not to Square", "at most", warn=0.03, fail=0.1,
-                why="needs no gradient, yet wins: masked"), of_all(by_square)
+    yield of_all(by_apgd), Doubt(
+        "robust, but not to APGD", "at most", warn=0.05, fail=0.15,
+        why="PGD stops short; quote AutoAttack")
+    yield of_all(by_square), Doubt(
+        "robust to both, not to Square", "at most", warn=0.03, fail=0.1,
+        why="needs no gradient, yet wins: masked")
 
 
 def doubts_from_other_nets(run, index, x, y, robust, surrogate, normal):
@@ -308,15 +315,17 @@ def doubts_from_other_nets(run, index, x, y, robust, surrogate, normal):
     if surrogate is not None:
         x_adv = last_iterates(surrogate, index, x, y, eps=run.eps, step_size=run.step_size, steps=50)
         moved = robust & (predict(logits_of(run.net, x_adv)) != y)
-    yield Doubt("robust, but not to transfer", "at most", warn=0.03, fail=0.1,
-                why="the net masks its own gradient", skip="--surrogate names no second net"), moved
+    yield moved, Doubt(
+        "robust, but not to transfer", "at most", warn=0.03, fail=0.1,
+        why="the net masks its own gradient", skip="--surrogate names no second net")
 
     withstands = robust[:0]
     if normal is not None:
         _, report = search(normal, index, x, y, eps=run.eps, step_size=run.step_size, steps=50)
         withstands = report["robust"][report["clean"] == y]
-    yield Doubt("a normal net is robust", "at most", warn=0.05, fail=0.15,
-                why="PGD is too weak", skip="--normal names no normally trained net"), withstands
+    yield withstands, Doubt(
+        "a normal net is robust", "at most", warn=0.05, fail=0.15,
+        why="PGD is too weak", skip="--normal names no normally trained net")
 
 
 def doubts_about_the_path(run, index, x, y, right):
@@ -328,12 +337,13 @@ def doubts_about_the_path(run, index, x, y, right):
         losses.append(cross_entropy(logits_of(run.net, between), y))
     slopes = torch.stack(losses).diff(dim=0)
     rises = (slopes > 0).all(0)
-    yield Doubt("loss rises all the way to x_adv", "at least", warn=0.75, fail=0.5,
-                why="else gradients lead nowhere"), rises[right]
+    yield rises[right], Doubt(
+        "loss rises all the way to x_adv", "at least", warn=0.75, fail=0.5,
+        why="else gradients lead nowhere")
 
 
 def doubts_about_a_batch(run, index, x, y, surrogate, normal):
-    """Every doubt about run.net -> pairs (Doubt or Curve, its hit in this batch)."""
+    """Every doubt about run.net -> pairs (its hit in this batch, the Doubt or Curve)."""
     x_adv, report = search(run.net, index, x, y, eps=run.eps, step_size=run.step_size, steps=STEPS)
     right = report["clean"] == y
     robust = report["robust"]
@@ -351,7 +361,7 @@ def all_doubts(run, surrogate=None, normal=None):
     hits = {}  # of each doubt: its hit in every batch
     n_done = 0
     for index, x, y in run.batches:
-        for doubt, hit in doubts_about_a_batch(run, index, x, y, surrogate, normal):
+        for hit, doubt in doubts_about_a_batch(run, index, x, y, surrogate, normal):
             hits.setdefault(doubt, []).append(hit)
             show(f"{n_done} of {run.n} images, {doubt.what} | {duration(time.monotonic() - began)}")
         n_done += len(y)
@@ -426,12 +436,9 @@ def read_reports(paths):
 
 def setting_name(report):
     """A report's attack in words; its seed and the like only where they are not the default."""
-    words = [report.attack]
+    words = [report.attack, f"eps {report.eps:g}"]
     if report.attack == "pgd":
-        words = [f"PGD-{report.steps}"]
-    words.append(f"eps {report.eps:g}")
-    if report.attack == "pgd":
-        words.append(f"step {report.step_size:g}")
+        words = [f"PGD-{report.steps}", f"eps {report.eps:g}", f"step {report.step_size:g}"]
     if report.restarts not in (None, 1):
         words.append(f"{report.restarts} restarts")
     if report.last_iterate:
@@ -712,9 +719,6 @@ def compare(args):
     new = [read_run(folder) for folder in args.new]
     old = [read_run(folder) for folder in args.against]
     pairs = match_seeds(new, old)
-    for new_run, old_run in pairs:
-        need(new_run.folder.resolve() != old_run.folder.resolve(),
-             f"{new_run.folder} is on both sides; give --against the baseline's runs")
     settings = shared_settings([run for pair in pairs for run in pair])
     rows = []
     for setting in settings:
@@ -734,21 +738,19 @@ def compare(args):
         about = (f"{len(pairs)} pairs matched by seed ({', '.join(map(str, seeds))}): the intervals are "
                  "about the method, seeds and images both vary")
     say(about)
-    if len(pairs) == 2:
-        say("two seeds tell little about how seeds vary; use three or more")
 
     setting = None
     for row in rows:
         if row.setting != setting:
             setting = row.setting
-            say(f"\n{setting}; {row.n} images; accuracies in percent, "
-                "only new and only old in images per seed")
+            say(f"\n{setting}; {row.n} images; accuracies in percent, only new and only old in images "
+                "per seed")
             say(f"  {'':<23}{'new':>7}{'old':>7}{'new - old':>11}{'95% interval':>18}{'only new':>10}"
                 f"{'only old':>10}  verdict")
         interval = f"{row.low:+.2f} to {row.high:+.2f}"
         say(f"  {row.what:<23}{row.new:7.2f}{row.old:7.2f}{row.difference:+11.2f}"
             f"{interval:>18}{row.only_new:10.1f}{row.only_old:10.1f}  {row.verdict}")
-    say("\nlast epoch of training, under its attack if it had one")
+    say("\ntraining, its last epoch; error in percent; both under the attack if there was one")
     for row in training:
         say(f"  {row.what:<23}{row.new:7.3f}{row.old:7.3f}{row.difference:+11.3f}")
 
@@ -779,20 +781,16 @@ def training_step(flags, n_classes, x, y):
         net = on_device(train.network(flags, n_classes), x.device)
         attack_model, train_model, _ = train.make_views(net, flags, x.device)
     optimizer, scaler = train.make_optimizer(flags, net, x.device)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-9  # many steps on one random batch would end at zero loss, or at nan
     return partial(train.update, flags, attack_model, train_model, optimizer, scaler, x, y)
 
 
 def warm_up(step, device):
     """Take the first steps -> GiB that a step needs on a GPU beside the weights; - on a CPU."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.empty_cache()
-        bytes_before = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    bytes_before = torch.cuda.memory_reserved()
     for _ in range(N_WARMUPS):
         step()
-    if not on_gpu:
+    if device.type != "cuda":
         return "-"
     torch.cuda.empty_cache()  # of what the first steps alone needed
     torch.cuda.reset_peak_memory_stats()
@@ -855,8 +853,9 @@ def cost(args):
     for row in itertools.product(args.acts, args.pgd):
         show(f"first steps of {row}")
         act, pgd_steps = row
-        own_flags = argparse.Namespace(**{**vars(flags), "act": act, "steps": pgd_steps})
-        steps[row] = training_step(own_flags, n_classes, x, y)
+        # With the usual lr, many steps on one random batch end at zero loss, or at nan
+        own_flags = {**vars(flags), "act": act, "steps": pgd_steps, "lr": 1e-9}
+        steps[row] = training_step(argparse.Namespace(**own_flags), n_classes, x, y)
         gib[row] = warm_up(steps[row], device)
     seconds = time_in_turns(steps, args.rounds, device)
 
@@ -1060,13 +1059,14 @@ def plot(fig, box, lines, xs, xlabel, ylabel, title, least=-math.inf, most=math.
     heights = [y for line in lines for _, y in line] or [0, 1]
     place = axes(fig, box, xs, span(heights, least, most), xlabel, ylabel, title)
     for i, line in enumerate(lines):
-        if line:
-            colour, dash, shape = style(i)
-            points = place(*np.transpose(line))
-            fig.line(points, colour, 2, dash)
-            if len(points) <= 40:
-                for point in points:
-                    fig.marker(point, colour, shape, 3)
+        if not line:
+            continue
+        colour, dash, shape = style(i)
+        points = place(*np.transpose(line))
+        fig.line(points, colour, 2, dash)
+        if len(points) <= 40:
+            for point in points:
+                fig.marker(point, colour, shape, 3)
 
 
 # The curves: SAT Figs. 1 and 2
@@ -1216,21 +1216,16 @@ def forest(args):
 
 # A trained net and its images: the loss around them (SAT Fig. 5), before and after the attack
 
-def viridis(values):
-    """Numbers (...) in [0, 1] -> uint8 colours (..., 3), whose lightness rises evenly."""
-    marks = np.linspace(0, 1, len(VIRIDIS))
-    channels = [np.interp(values, marks, channel) for channel in np.transpose(VIRIDIS)]
-    return np.stack(channels, -1).astype(np.uint8)
-
-
 def heat_map(fig, box, z, ends):
     """z (n, n), its first index to the right, its second upwards, in bands of one colour each."""
     picture = z.T[::-1].astype(np.float32)  # a picture's first index is its row, counted from above
     inner = (0.5, 0.5, len(z) - 0.5, len(z) - 0.5)  # from the middle of the first to that of the last
     fine = np.asarray(Image.fromarray(picture).resize((1024, 1024), Image.BILINEAR, inner))
     levels = ticks(ends, 15)
-    bands = np.digitize(fine, levels) / len(levels)
-    fig.paste(viridis(bands), box)
+    bands = np.digitize(fine, levels)
+    marks = np.linspace(0, len(levels), len(VIRIDIS))
+    channels = [np.interp(bands, marks, channel) for channel in np.transpose(VIRIDIS)]
+    fig.paste(np.stack(channels, -1).astype(np.uint8), box)
 
 
 def to_rms_1(direction):
@@ -1320,9 +1315,8 @@ def gallery(args):
     need(args.limit is None or args.limit <= 40,
          f"--limit {args.limit} is too long for a picture; use 40 at most")
     run = open_run(args, limit=6)
-    steps = run.steps if args.steps is None else args.steps
     index, x, y = next(run.batches)
-    x_adv = last_iterates(run.net, index, x, y, run.eps, run.step_size, steps)
+    x_adv = last_iterates(run.net, index, x, y, run.eps, run.step_size, run.steps)
     magnify = max(1, round(127 / run.eps))  # eps becomes black or white
     classes = run.images.classes
 
@@ -1390,7 +1384,6 @@ def get_args(argv=None):
 
     c = add_command(gallery, "images before and after the attack", "gallery.png in the run's folder")
     evaluate.add_common_flags(c)
-    c.add_argument("--steps", type=int, help="of PGD; default: imagenet 200, else 50")
 
     add_command(activations, "the curves and their slopes, SAT Figs. 1 and 2", "out/activations.png")
 
