@@ -253,8 +253,7 @@ def doubts_about_iterations(run, index, x, y, x_adv, report):
     rounded = (255 * x_adv[fooled]).round() / 255
     guesses = predict(logits_of(run.net, rounded))
     still_wrong = guesses != y[fooled]
-    # fail=0: may WARN, never FAIL
-    yield still_wrong, Doubt(
+    yield still_wrong, Doubt(  # fail=0: it never FAILs
         "fooled by 8-bit pictures too", "at least", warn=0.85, fail=0,
         why="saved as files, x_adv is rounded", skip="no image is fooled")
 
@@ -688,20 +687,21 @@ def compare_setting(pairs, setting):
 
 def compare_training(pairs):
     """The mean training loss and error (%) of both sides in the last epoch -> rows."""
+    def last_of(run):
+        _, value = points_of(read_log(run.folder), "epoch", what, unit)[-1]
+        return value
+
     rows = []
     for what, unit in (("loss", 1), ("error", 100)):
-        last = []  # of each pair: the new run's value, the old run's
-        for pair in pairs:
-            points = [points_of(read_log(run.folder), "epoch", what, unit) for run in pair]
-            last.append([own_points[-1][1] for own_points in points])
-        new, old = np.mean(last, axis=0)
+        new = np.mean([last_of(run) for run, _ in pairs])
+        old = np.mean([last_of(run) for _, run in pairs])
         rows.append(SimpleNamespace(what=what, new=new, old=old, difference=new - old))
     return rows
 
 
 def flags_that_differ(pairs):
     """The flags of training that are not the same in all runs -> ["act: silu | relu"]."""
-    # What may differ between two runs of one method is not listed
+    # These may differ between two runs of one method
     ignored = {*train.FREE, "seed", "commit", "processes", "python", "torch", "torchvision"}
     names = {name for pair in pairs for run in pair for name in run.args} - ignored
     differ = []
@@ -862,9 +862,9 @@ def cost(args):
     compiled = "compiled" if flags.compile else "not compiled"
     say(f"{flags.arch}, {flags.res} px, {n} images a step, {flags.dtype}, {compiled}, "
         f"{device_name(device)}")
-    say("x first: ms/step in units of the first row; GiB: GPU memory of a step, beside the weights")
-    say(f"a run of {flags.epochs} epochs of {len(members)} images: its time on 1, 8 and 64 such devices")
-    say("without loading images and validation; EFLOPs: 1e18 floating-point operations in all")
+    say("x first: ms/step in units of the first row; GiB: of GPU memory for a step, beside the weights")
+    say(f"on 1, 8, 64 such devices: the time of a run of {flags.epochs} epochs of {len(members)} images")
+    say("without loading them and without validation; EFLOPs: its floating-point operations in 1e18")
     say("act         PGD  ms/step   img/s  x first     GiB      on 1      on 8     on 64   EFLOPs")
     first = next(iter(seconds.values()))
     flops = forward_flops(flags, n_classes)
