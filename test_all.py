@@ -4424,8 +4424,8 @@ def run_folder(root, name, clean, robust_at, seed=0, eps=8, images="pictures", c
             if last:
                 line["robust_at"] = "".join(str(int(digit)) for digit in robust_at[row])
             else:
-                is_robust = clean[row] and robust_at[row].all()
-                line["fooled"] = None if is_robust else [0, 1]
+                is_fooled = clean[row] and not robust_at[row].all()  # wrong images are not attacked
+                line["fooled"] = [0, 1] if is_fooled else None
             ledger.write(json.dumps(line) + "\n")
     return folder
 
@@ -4525,7 +4525,11 @@ class TestCompare(TemporaryFolder):
     def test_ledgers_without_the_last_iterate_have_one_robust_accuracy(self):
         new = self.folders("silu", [0], last=False)
         _, written = self.compare(new, self.folders("relu", [0], last=False))
-        self.assertEqual([row["what"] for row in written["comparisons"]], ["clean", "robust"])
+        _, robust = written["comparisons"]
+        self.assertEqual(robust["what"], "robust")
+        _, written = self.compare(self.folders("gelu", [0]), self.folders("elu", [0]))
+        _, _, every = written["comparisons"]  # the same verdicts, in ledgers of --last-iterate
+        self.assertEqual(robust["new"], every["new"])
 
     def test_what_cannot_be_compared_is_refused_with_a_sentence(self):
         old = self.folders("relu", [0])
