@@ -701,8 +701,8 @@ def compare_training(pairs):
 
 def flags_that_differ(pairs):
     """The flags of training that are not the same in all runs -> ["act: silu | relu"]."""
-    # These may differ between two runs of one method
-    ignored = {*train.FREE, "seed", "commit", "processes", "python", "torch", "torchvision"}
+    # These may differ between two runs of one method; of the flags in train.FREE, --init may not
+    ignored = {*train.FREE, "seed", "commit", "processes", "python", "torch", "torchvision"} - {"init"}
     names = {name for pair in pairs for run in pair for name in run.args} - ignored
     differ = []
     for name in sorted(names):

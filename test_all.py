@@ -2429,12 +2429,12 @@ class TestWorkers(TemporaryFolder):
     def test_a_worker_that_dies_is_named_with_what_to_do(self):
         with mock.patch("data.leave_session", kill_this_process):  # every worker's first call
             batches = data.from_workers(SessionOf(), [[0]], workers=1)
-            sentence = "DataLoader worker.*(killed|exited).*less than --workers 1"
+            sentence = "DataLoader worker.*(killed|exited).*fewer than --workers 1"
             refuses(self, SystemExit, sentence, list, batches)
 
     def test_a_batch_that_does_not_fit_into_shared_memory_ends_it(self):
         batches = data.from_workers(Enormous(), [[0, 1]], workers=1)
-        refuses(self, SystemExit, "no room in /dev/shm.*less --workers.*--shm-size", list, batches)
+        refuses(self, SystemExit, "no room in /dev/shm.*fewer --workers.*--shm-size", list, batches)
         self.assertEqual(multiprocessing.active_children(), [])
 
 
@@ -2677,9 +2677,9 @@ class TestTrainFlags(TemporaryFolder):
         for text, words in (
                 ("--eps nan", "--eps nan is out of range"),
                 ("--step-size 0", "--step-size 0 is no attack"),
-                ("--dropout 1.1", "--dropout 1.1 is no share"),
-                ("--limit 13 --batch-size 64 --accum 8", "13 images .* parts of less than two"),
-                ("--batch-size 1", "a batch of 1 images .* parts of less than two"),
+                ("--dropout 1.1", "--dropout 1.1 is not a fraction"),
+                ("--limit 13 --batch-size 64 --accum 8", "13 images .* parts of fewer than two"),
+                ("--batch-size 1", "a batch of 1 images .* parts of fewer than two"),
                 ("--batch-size 10 --accum 3", "use 9 or 12"),
                 ("--early-stop --holdout 0", "--early-stop needs held-out images; use --holdout"),
                 ("--mean 1 2 nan", "mean"),
@@ -2824,19 +2824,17 @@ class TestTrainPieces(unittest.TestCase):
                 is_clean = (x_adv == x).flatten(1).all(1)
                 self.assertAlmostEqual(is_clean.float().mean().item(), share, delta=0.05)
 
-    def test_batch_sums_are_a_plain_loop_and_count_losses_that_are_not_finite(self):
+    def test_batch_sums_are_a_plain_loop(self):
         logits = torch.randn(7, 10)
-        logits[3] = math.nan
         y = torch.arange(7)
-        loss_sum, n_errors, n_images, n_not_finite = train.batch_sums(logits, y).tolist()
         expected_sum = 0.0
         n_wrong = 0
-        for i in (0, 1, 2, 4, 5, 6):
+        for i in range(7):
             expected_sum -= logits[i].double().log_softmax(0)[i].item()
             n_wrong += int(logits[i].argmax() != i)
+        loss_sum, n_errors, n_images = train.batch_sums(logits, y).tolist()
         self.assertAlmostEqual(loss_sum, expected_sum, 5)
-        self.assertIn(n_errors - n_wrong, (0, 1))  # NaN may count as an error or not
-        self.assertEqual((n_images, n_not_finite), (7, 1))
+        self.assertEqual((n_errors, n_images), (n_wrong, 7))
 
     def test_the_average_follows_its_formula_buffers_too(self):
         net = small()
@@ -3345,14 +3343,13 @@ class TestDivergence(TrainCase):
                 assert_sentence(self, code, words)
                 self.assert_last_checkpoint_is_finite(epoch)
 
-    def test_a_loss_that_never_was_finite_stops_the_run_and_is_not_blamed_on_the_learning_rate(self):
+    def test_a_loss_that_is_not_finite_stops_the_run(self):
         def spoil(args, model, x, y):
             return x * math.nan
 
         with mock.patch("train.attack", spoil):
             _, code = self.train("--limit", "64")
         assert_sentence(self, code, "epoch 1, step 1 .*last.pt")
-        self.assertNotIn("--lr", code)
         self.assert_last_checkpoint_is_finite(epoch=0)
 
     def test_an_input_gradient_that_is_not_finite_stops_the_run(self):
