@@ -4356,17 +4356,14 @@ class TestReport(TemporaryFolder):
                 _, found = quietly(sanity.main, "report", "--out", a_run(), "--limit", 10)
                 self.assertEqual(found, code)
 
-    def test_report_measures_a_run_and_writes_every_doubt(self):
-        path = self.root / "made" / "report.json"
-        text, code = quietly(sanity.main, "report", "--out", a_run(), "--limit", 4, "--json", path,
+    def test_report_measures_a_run_and_prints_every_doubt(self):
+        text, code = quietly(sanity.main, "report", "--out", a_run(), "--limit", 4,
                              "--surrogate", a_run())
         self.assertIn(code, (1, 2))
-        written = json.loads(path.read_text())
-        self.assertEqual((written.pop("n"), written.pop("eps")), (4, 8))
-        self.assertRegex(written.pop("hash"), "^[0-9a-f]{12}$")
-        self.assertEqual(sum(row["verdict"] != "" for row in written.values()), 18)
-        for what, row in written.items():
-            self.assertRegex(text, f"(?m)^{row['verdict']} +{what}")
+        self.assertRegex(text, r"model.pt \([0-9a-f]{12}\): resnet8 .*, 4 of the \d+ images of shapes")
+        doubts = re.findall(r"(?m)^(PASS|WARN|FAIL|UNSURE|SKIP) +(.*?)  +(.*) +at (?:most|least)", text)
+        self.assertEqual(len(doubts), 18)
+        self.assertIn(("SKIP", "a normal net is robust"), [doubt[:2] for doubt in doubts])
 
 
 # sanity: compare
@@ -4415,7 +4412,8 @@ def run_folder(root, name, clean, robust_at, seed=0, eps=8, images="pictures", c
         index = range(len(clean))
     report = dict(attack="pgd", eps=eps, step_size=2, steps=steps, restarts=1, last_iterate=last, seed=0,
                   smooth_backward="none", dtype="fp32", ledger="ledger", images=images, code=code,
-                  hash="weights", n=len(clean), n_correct=int(clean.sum()), n_robust=0, **network)
+                  hash="weights", n=len(clean), n_correct=int(clean.sum()), n_robust=0, train=None,
+                  **network)
     (folder / "eval" / "ledger.json").write_text(json.dumps(report | others))
     with open(folder / "eval" / "ledger.0.jsonl", "w") as ledger:
         for row, number in enumerate(index):
@@ -4423,8 +4421,8 @@ def run_folder(root, name, clean, robust_at, seed=0, eps=8, images="pictures", c
             if last:
                 line["robust_at"] = "".join(str(int(digit)) for digit in robust_at[row])
             else:
-                is_robust = clean[row] and robust_at[row].all()
-                line["fooled"] = None if is_robust else [0, 1]
+                is_fooled = clean[row] and not robust_at[row].all()  # wrong images are not attacked
+                line["fooled"] = [0, 1] if is_fooled else None
             ledger.write(json.dumps(line) + "\n")
     return folder
 
@@ -4524,7 +4522,11 @@ class TestCompare(TemporaryFolder):
     def test_ledgers_without_the_last_iterate_have_one_robust_accuracy(self):
         new = self.folders("silu", [0], last=False)
         _, written = self.compare(new, self.folders("relu", [0], last=False))
-        self.assertEqual([row["what"] for row in written["comparisons"]], ["clean", "robust"])
+        _, robust = written["comparisons"]
+        self.assertEqual(robust["what"], "robust")
+        _, written = self.compare(self.folders("gelu", [0]), self.folders("elu", [0]))
+        _, _, every = written["comparisons"]  # the same verdicts, in ledgers of --last-iterate
+        self.assertEqual(robust["new"], every["new"])
 
     def test_what_cannot_be_compared_is_refused_with_a_sentence(self):
         old = self.folders("relu", [0])
@@ -4622,6 +4624,15 @@ class TestReports(TemporaryFolder):
         self.assertRegex(apgd_row, r"^silu .* 0.00 +2 +0.00 to [\d.]+ +apgd, eps 4")
         refuses(self, SystemExit, "no report", run_sanity, "table", self.root / "nowhere")
 
+    def test_runs_and_attacks_that_are_left_out_are_named(self):
+        self.folder({}, dict(eps=4))
+        write_json(self.root / "args.json", {})
+        self.assertIn(f"left out: {self.root} has no report", run_sanity("table", self.root))
+        shutil.copytree(self.root / "silu-0", self.root / "silu-1")
+        (self.root / "silu-1" / "eval" / "1.json").unlink()
+        text = run_sanity("compare", self.root / "silu-0", "--against", self.root / "silu-1")
+        self.assertRegex(text, "left out: PGD-1, eps 4, step 2, .*not run on .*silu-1")
+
 
 # sanity: cost
 
@@ -4695,7 +4706,7 @@ class TestCommands(InAnEmptyFolder):
         Path("damaged", "log.jsonl").write_text("{torn\n")
         (Path("number")).mkdir()
         Path("number", "log.jsonl").write_text("7\n")
-        cases = [("report --out nowhere", "nowhere"), ("report --json .", "folder"),
+        cases = [("report --out nowhere", "nowhere"), ("compare x --against y --json .", "folder"),
                  ("cost --data shapes --pgd -1", "--pgd -1"), ("cost --data shapes --lr inf", "--lr"),
                  ("cost --data-dir nowhere", "nowhere"),
                  ("curves mistyped", "mistyped"), ("curves damaged", "damaged"),
@@ -4753,10 +4764,16 @@ def evaluation(act="silu", clean=900, robust=600, seed=0, train_steps=1, **more)
     return report | more
 
 
+def name_of(report):
+    """The name by which `scatter` tells a report's network."""
+    return sanity.network_name(SimpleNamespace(**report))
+
+
 def comparison(difference, low, high, what="robust"):
     """What `compare --json` writes, with one row."""
+    verdict = "higher" if low > 0 else "lower" if high < 0 else "undecided"
     row = dict(setting="PGD-50, eps 8, last iterate", what=what, difference=difference, low=low,
-               high=high)
+               high=high, verdict=verdict)
     return dict(comparisons=[row], old=["out/relu-0", "out/relu-1"])
 
 
@@ -4848,13 +4865,13 @@ class TestCurves(InAnEmptyFolder):
 
 class TestScatter(InAnEmptyFolder):
     def test_seeds_share_a_style_and_other_recipes_do_not(self):
-        first = sanity.network_name(evaluation(seed=0))
-        self.assertEqual(sanity.network_name(evaluation(seed=1)), first)
+        first = name_of(evaluation(seed=0))
+        self.assertEqual(name_of(evaluation(seed=1)), first)
         for name, other in (("act", evaluation(act="relu")), ("normal", evaluation(train_steps=0)),
                             ("alpha", evaluation(act_alpha=2.0)), ("unknown", evaluation(train=None)),
                             ("10 images", evaluation(n=10))):
             with self.subTest(name=name):
-                self.assertNotEqual(sanity.network_name(other), first)
+                self.assertNotEqual(name_of(other), first)
 
     def test_a_report_is_a_marker_where_the_axes_say_in_a_panel_of_its_attack(self):
         robust = write_json("robust.json", evaluation(clean=900, robust=600))
@@ -4903,7 +4920,7 @@ class TestForest(InAnEmptyFolder):
         both["comparisons"] += comparison(1, 0, 2, "robust (last iterate)")["comparisons"]
         path = Path(write_json("silu.json", both))
         refuses(self, SystemExit, "--only", sanity.read_comparison, path, "robust")
-        self.assertEqual(sanity.read_comparison(path, "robust (last")["difference"], 1)
+        self.assertEqual(sanity.read_comparison(path, "robust (last").difference, 1)
 
 
 class Planes(nn.Module):
