@@ -476,14 +476,14 @@ def table(args):
     for path, report in read_reports(paths):
         newest[path.parent.parent, setting_name(report)] = report  # the last counts
     need(newest, f"no report below {' '.join(args.folders)}; run python evaluate.py --out RUN")
-    say(f"{'activation':<16}{'network':<17}{'seed':>4}{'clean':>7}{'robust':>8}{'n':>7}   "
+    say(f"{'activation':<20}{'network':<17}{'seed':>4}{'clean':>7}{'robust':>8}{'n':>7}   "
         f"{'95% interval':<16}{'attack':<42}run")
     for (folder, attack), report in sorted(newest.items()):
         seed = report.train["seed"] if report.train else "-"
         _, clean, _ = percent(report.n_correct, report.n)
         low, robust, high = percent(report.n_robust, report.n)
         interval = f"{low:.2f} to {high:.2f}"
-        say(f"{curve_name(report):<16}{report.arch:<17}{seed:>4}{clean:7.2f}{robust:8.2f}"
+        say(f"{curve_name(report):<20}{report.arch:<17}{seed:>4}{clean:7.2f}{robust:8.2f}"
             f"{report.n:7}   {interval:<16}{attack:<42}{folder}")
 
 
