@@ -87,7 +87,7 @@ class Images:
 def write_whole(path, write, previous=None):
     """Call write(file) on a hidden file beside `path`, flush it to the disk and rename it.
 
-    So `path` never holds half of a file. previous: the name that the file of before gets.
+    So `path` never holds half of a file. previous: where the old file is kept.
     """
     part = path.with_name(f".{path.name}.part")
     try:
@@ -381,14 +381,14 @@ def epoch_batches(members, epoch, seed, batch_size, world=1):
     """The epoch's global batches, (n_steps, batch_size) int64: image numbers in the epoch's order.
 
     A short last batch is dropped. An epoch smaller than one batch is a single batch, cut to a multiple
-    of `world`; with less than two images per process there is none.
+    of `world`; with fewer than two images per process there is none.
     """
     shuffle = torch.Generator().manual_seed(key(seed, epoch))
     order = members[torch.randperm(len(members), generator=shuffle)]
     n_steps = len(order) // batch_size
     if n_steps == 0:
         batch_size = len(order) // world * world
-        n_steps = 1 if batch_size > world else 0  # BatchNorm needs two images on each process
+        n_steps = 1 if batch_size >= 2 * world else 0  # BatchNorm needs two images on each process
     return order[: n_steps * batch_size].view(n_steps, batch_size)
 
 
@@ -577,10 +577,10 @@ def from_workers(dataset, requests, workers, pin_memory=False):
         if isinstance(error, OSError):  # our own sentence, the end of a worker's traceback
             sentence = text.rpartition("OSError: ")[2]
         elif "shared memory" in text:
-            sentence = (f"no room in /dev/shm for the batches of {workers} workers; use less --workers, "
-                        "a smaller --batch-size, or docker run --shm-size 8g")
+            sentence = (f"no room in /dev/shm for the batches of {workers} workers; use fewer "
+                        "--workers, a smaller --batch-size, or docker run --shm-size 8g")
         elif text.startswith("DataLoader"):  # a worker has ended, or is silent
-            sentence = f"{text}; is there enough memory? Use less than --workers {workers}"
+            sentence = f"{text}; is there enough memory? Use fewer than --workers {workers}"
         else:
             raise
         error.with_traceback(None)  # its frames refer to the iterator

@@ -22,6 +22,7 @@ import fcntl
 import inspect
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -31,6 +32,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave a busy machine alone
 
 import torch
 import torch.distributed as dist
@@ -121,11 +124,10 @@ def check(args):
     check_numbers(args)
     warn_small_eps(args)
     need(args.out is None or args.out.strip(), "--out is empty; name a run's folder, such as --out out")
-    own_flags = ATTACKS[args.attack].flags
-    for attack, (_, flags, _) in ATTACKS.items():
-        for name in flags:
-            need(name in own_flags or getattr(args, name) is None,
-                 f"{flag(name)} is a flag of --attack {attack} and not of {args.attack}; drop it")
+    for other, attack in ATTACKS.items():
+        for name in attack.flags:
+            need(name in ATTACKS[args.attack].flags or getattr(args, name) is None,
+                 f"{flag(name)} is a flag of --attack {other} and not of {args.attack}; drop it")
     need(args.steps == 0 or args.step_size is None or args.step_size > 0,
          "--step-size 0 is no attack; use --step-size 1, or --steps 0")
     check_json(args.json)
@@ -180,7 +182,7 @@ def find_run(args):
     for name in (*NETWORK_FLAGS, "data_dir", "res"):
         value = getattr(args, name)
         setattr(run, name, saved.get(name) if value is None else value)
-    # RUN/eval is for its model.pt alone: who reads reports must not take another file's for the run's
+    # RUN/eval holds the reports of its model.pt only, those of another file go into RUN/eval-NAME
     run.reports = Path(args.out or folder) / f"eval-{weights.stem}"
     if weights.resolve() == (run.reports.parent / "model.pt").resolve():
         run.reports = run.reports.with_name("eval")
@@ -220,14 +222,14 @@ def load(path, device="cpu", num_classes=1000, **flags):
     """A run's folder, or a file of weights -> its net in eval mode, ready to attack.
 
     >>> net = load("out")
-    >>> net = load("resnet50.pth", arch="resnet50", act="relu")  # flags as on the command line
+    >>> net = load("resnet50.pth", arch="resnet50", act="relu")  # any of NETWORK_FLAGS
 
     num_classes: of a file without a run's args.json beside it. ValueError in the script's words.
     """
     args = get_args(["--out" if Path(path).is_dir() else "--weights", str(path)])
     for name, value in flags.items():
-        if name not in args:
-            raise ValueError(f"load knows no {name}; use names of evaluate.py's flags, such as bn_eps")
+        if name not in NETWORK_FLAGS:
+            raise ValueError(f"load knows no {name}; use {', '.join(NETWORK_FLAGS)}")
         setattr(args, name, value)
     try:
         run = find_run(args)
@@ -464,12 +466,12 @@ def report_lines(report):
         normalised = f", mean {report['mean']}, std {report['std']}"
     yield (f"{report['weights']}: {report['arch']} {report['act']} on {report['data']} at "
            f"{report['res']} px{normalised}")
-    attack = report["attack"]
-    for name in ATTACKS[attack].flags:
-        if report[name] is not False:
-            attack += f", {name} {report[name]:g}"
+    settings = report["attack"]
+    for name in ATTACKS[report["attack"]].flags:
+        if name != "last_iterate":  # the end of this line says it
+            settings += f", {name} {report[name]:g}"
     protocol = "the last iterate, SAT's protocol" if report["last_iterate"] else "every iterate"
-    yield (f"{attack}, eps {report['eps']:g}, seed {report['seed']}, {report['dtype']}, verdict of "
+    yield (f"{settings}, eps {report['eps']:g}, seed {report['seed']}, {report['dtype']}, verdict of "
            f"{protocol}")
     yield share("clean", report["n_correct"])
     yield share("robust", report["n_robust"])
@@ -479,7 +481,7 @@ def report_lines(report):
         after = [f"{k}: {100 * report['robust_after'][k] / n:.2f}%" for k in marks]
         yield "after     " + "  ".join(after)
     for name, n_fooled in report.get("fooled_by", {}).items():
-        yield f"{name:<9} {-100 * n_fooled / n:6.2f}%  {n_fooled} fooled"  # points of accuracy it takes
+        yield f"{name:<9} {-100 * n_fooled / n:6.2f}%  {n_fooled} fooled"  # minus: accuracy it costs
     part = ""
     if report["n_timed"] < n:  # the other verdicts were in the ledger
         part = f" for the {report['n_timed']} images measured now"
@@ -530,7 +532,7 @@ def main():
     images = data.load(run.data, run.data_dir, train=False, res=run.res, classes=run.classes,
                        device=device)
     net = open_net(run, len(images.classes), device)
-    if run.taken and rank == 0:
+    if run.taken:
         say(run.taken)
     with sentences():
         view = attacker_view(net, smooth_backward=args.smooth_backward == "attacker")
@@ -547,15 +549,15 @@ def main():
     identity = data.key(network, code, fingerprint, run.res, eps, numbers, args.smooth_backward,
                         args.dtype, device.type)
     name = f"{args.attack}-eps{eps:g}"
-    for number, value in numbers.items():
+    for word, value in numbers.items():
         if value is not False:
-            name += f"-{number}{value:g}"
+            name += f"-{word}{value:g}"
     name += f"-seed{args.seed}-{identity % 16**8:08x}"
     ledger = Ledger(run.reports, name, rank, args.fresh)
     own = data.subset(images.n, args.limit)[rank::world].tolist()
     remaining = [number for number in own if number not in ledger.verdicts]
     need(not remaining or not ledger.obstacle, ledger.obstacle)
-    if ledger.verdicts and rank == 0:
+    if ledger.verdicts:
         say(f"{len(ledger.verdicts)} verdicts are in {run.reports / name}.*; --fresh starts over")
 
     # One pass over what is not decided yet: the attack, then its lines. It runs eagerly, since batches
@@ -572,7 +574,7 @@ def main():
         text = (f"{n_done}/{len(remaining)} images | {search} step {step}/{n_steps}, {n_undecided} open"
                 f" | {duration(now - began)} | eta {eta}")
         show(text)
-        if rank == 0 and not sys.stdout.isatty() and now - last_line > 60:  # where show is silent
+        if not sys.stdout.isatty() and now - last_line > 60:  # where show is silent
             say(text)
             last_line = now
 
@@ -594,17 +596,18 @@ def main():
 
     # Counts over all processes
     own_lines = [ledger.verdicts[number] for number in own]
-    every_rank = [(own_lines, ledger.warnings, n_done)]
+    own_part = (own_lines, ledger.warnings, n_done)
+    every_rank = [own_part]
     if world > 1:
-        every_rank *= world
-        dist.all_gather_object(every_rank, every_rank[rank])
+        every_rank = [None] * world
+        dist.all_gather_object(every_rank, own_part)
     lines = []
     warnings = []
     n_timed = 0
-    for its_lines, its_warnings, n_its in every_rank:
-        lines += its_lines
-        warnings += its_warnings
-        n_timed += n_its
+    for rank_lines, rank_warnings, n_measured in every_rank:
+        lines += rank_lines
+        warnings += rank_warnings
+        n_timed += n_measured
     counts = tally(lines, numbers.get("steps"), attack.searches)
     warnings = first_of_each_reason(warnings_of(lines, counts, images.classes) + warnings)
 

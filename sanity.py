@@ -1,13 +1,13 @@
 """
 Doubt a robustness number, compare runs, count what they cost, and draw (SAT, arXiv:2006.14536).
 
-Can a robustness number be trusted? The doubts of SAT Sec. 6 and more, each with a verdict:
+Can a robustness number be trusted? The checks of SAT Sec. 6 and more, each with a verdict:
 $ python sanity.py report --out out
 Is an idea better than its baseline? Runs of several seeds, in pairs:
 $ python sanity.py compare out/silu-0 out/silu-1 out/silu-2 --against out/relu-0 out/relu-1 out/relu-2
 All runs below a folder, the newest report of each attack on them:
 $ python sanity.py table out
-What do the attack and each activation cost here, and what a whole run? With train.py's flags:
+What do a step and a whole run cost on this machine? With train.py's flags:
 $ python sanity.py cost --data shapes
 The figures:
 $ python sanity.py landscape --out out/silu --against out/relu  # the loss around images, Fig. 5
@@ -15,13 +15,11 @@ $ python sanity.py gallery --out out  # images before and after the attack
 $ python sanity.py activations  # the curves and their slopes, Figs. 1 and 2
 $ python sanity.py curves out/relu out/silu  # runs over their epochs
 $ python sanity.py scatter out/*/eval/*.json  # clean and robust accuracy of many nets, Figs. 3 and 4
-$ python sanity.py forest silu.json elu.json  # what several `compare --json` have found
+$ python sanity.py forest silu.json elu.json  # the results of several `compare --json`
 
-`report` exits with 1 if a doubt FAILs (or if it cannot run), else with 2 if one is UNSURE (use more
-images) or a flag is unknown, else with 0.
+`report` exits with 1 if a doubt FAILs or it cannot run, else with 2 if one is UNSURE, else with 0.
 
-Keys: SAT is the paper, its sections and figures numbered as there. CA is Carlini et al. 2019
-(arXiv:1902.06705), whose advice SAT Sec. 6 follows.
+Keys: SAT is the paper. CA is Carlini et al. 2019 (arXiv:1902.06705), whose advice SAT Sec. 6 follows.
 """
 import argparse
 import itertools
@@ -60,28 +58,27 @@ def logits_of(net, x):
     return net(x).float()
 
 
-def pgd_from(net, index, x, y, eps, step_size, steps):
-    """PGD from evaluation's starts, eps and step_size in 1/255 -> its last iterates, as x."""
-    noise = random_start(x, eps / 255, seed=0, index=index)
-    return pgd(net, x, y, eps=eps / 255, step_size=step_size / 255, steps=steps, noise=noise)
-
-
 def search(net, index, x, y, eps, step_size, steps, restarts=1, seed=0):
     """`pgd_search` with eps and step_size in 1/255 -> x_adv, its report."""
     return pgd_search(net, x, y, eps=eps / 255, step_size=step_size / 255, steps=steps, index=index,
                       restarts=restarts, seed=seed)
 
 
-def open_run(args, limit):
-    """The run that evaluate.py's flags name -> the namespace of evaluate.find_run, and in it
+def last_iterates(net, index, x, y, eps, step_size, steps):
+    """PGD from the same starts, without a search, eps and step_size in 1/255 -> as x."""
+    noise = random_start(x, eps / 255, seed=0, index=index)
+    return pgd(net, x, y, eps=eps / 255, step_size=step_size / 255, steps=steps, noise=noise)
 
-      net, digest, device, images   the network, its weights' hash, where it is, the test set
-      n, batches                    --limit of its images (default: `limit`), as (index, x, y) of BATCH
-      eps, step_size, steps         of the attack; the first two in 1/255
-      out                           the folder of the weights
+
+def open_run(args, limit):
+    """The trained net that the flags name, and its test images -> a namespace.
+
+    It is that of `evaluate.find_run`, and has besides: net, device, images; batches of (index, x, y), n
+    images in all, --limit or `limit`; eps and step_size in 1/255, steps; and out, the weights' folder.
     """
     train.warn_small_eps(args)
     run = evaluate.find_run(args)
+    run.out = run.weights.parent
     run.device, _, _ = open_device(args.device)
     show(f"loading {run.data}")
     run.images = data.load(run.data, run.data_dir, train=False, res=run.res, classes=run.classes,
@@ -89,8 +86,6 @@ def open_run(args, limit):
     run.net = evaluate.open_net(run, len(run.images.classes), run.device)
     if run.taken:
         say(run.taken)
-    run.digest = weights_hash(run.net)
-    run.out = run.weights.parent
     members = data.subset(run.images.n, args.limit or limit)
     workers = data.loader_workers(None, run.images, 1)
     run.n = len(members)
@@ -106,32 +101,33 @@ def open_run(args, limit):
 
 
 def other_net(path, run):
-    """Another run's folder, or a file of weights, for the images of `run` -> its net."""
+    """The net in another run's folder, or in a file of weights, to be used on the images of `run`."""
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
+    args_path = (path if path.is_dir() else path.parent) / "args.json"
     flags = {}
-    if (folder / "args.json").exists():
-        classes = train.read_json(folder / "args.json").get("classes")
-        need(classes in (None, run.images.classes),
-             f"{path} was trained on other classes than {run.weights}; give a net of the same data")
-    else:  # the file is taken for a network like run's
-        for name in ("data", "arch", "act", "act_alpha", "bn_eps", "mean", "std"):
+    if args_path.exists():
+        classes = train.read_json(args_path).get("classes")
+        if classes is not None:
+            need(classes == run.images.classes,
+                 f"{path} was trained on other classes than {run.weights}; give a net of the same data")
+    else:  # a file that does not name its network: assume that of `run`
+        for name in evaluate.NETWORK_FLAGS:
             flags[name] = getattr(run, name)
     with train.sentences():
         return evaluate.load(path, run.device, num_classes=len(run.images.classes), **flags)
 
 
-# A doubt is about a share of images, and before a verdict is given the whole 95% interval of that share
-# has to be on one side of a bound: 0 of 1 proves nothing, and 0 of 100 not yet "at most 2%"
+# A doubt is a claim about a share of images. It gets a verdict only if the whole 95% interval of that
+# share is on one side of a bound: 0 of 100 bad images do not yet show "at most 2%"
 
-LEAST = 20  # fewer images settle nothing, and Wilson's interval is rough there
+LEAST = 20  # with fewer images the verdict is UNSURE: Wilson's interval is rough there
 
 
 def judge(n_bad, n, warn, fail):
-    """The verdict on a share of bad images: PASS up to `warn`, WARN above it, FAIL above `fail`.
+    """n_bad of n images are bad -> PASS up to `warn`, WARN above it, FAIL above `fail`.
 
-    SKIP without any image, UNSURE where n_bad of n leave open whether it is above `warn`. A WARN may
-    still turn out to be a FAIL with more images.
+    SKIP if there is no image, UNSURE if the interval contains `warn`. With more images, a WARN may
+    become a FAIL.
     """
     if n == 0:
         return "SKIP"
@@ -151,14 +147,14 @@ class Doubt(NamedTuple):
     """A share of images that should be small, or large."""
 
     what: str
-    bound: str  # at most, at least
+    bound: str  # "at most" or "at least" `warn`
     warn: float
     fail: float
     why: str  # it matters
-    skip: str = "no image is right"  # why there may be no image to judge
+    skip: str = "no image is right"  # the reason, where there is no image to judge
 
     def judged(self, hit):
-        """hit (n,) bool -> what the report says of it."""
+        """hit (n,) bool, is the image one of the share? -> a row of the report."""
         n = len(hit)
         n_hit = int(hit.sum())
         if self.bound == "at most":
@@ -172,22 +168,21 @@ class Doubt(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Shares of all images at several marks, to look at: it has no verdict."""
+    """Shares of all images at several marks, without a verdict."""
 
     what: str
     marks: tuple
 
     def judged(self, hit):
-        """hit (n, marks) bool -> what the report says of it."""
+        """hit (n, marks) bool -> a row of the report."""
         shares = hit.float().mean(0).tolist()
         texts = [f"{mark}: {share:.1%}" for mark, share in zip(self.marks, shares)]
         return dict(verdict="", what=self.what, measured=", ".join(texts), wanted="", why="")
 
 
-# The doubts, by topic, each about one batch. Their bounds are our judgement: the robust net of
-# results/shapes-report.log stays within, the overfitted one of results/shapes-early-stop-report.log not.
-# Shares are of all images, or of those that the net gets right: where there may be none of these, `skip`
-# says so
+# The doubts about one batch, by topic. Their bounds are our judgement: the robust net of
+# results/shapes-report.log is within them, the overfitted one of results/shapes-early-stop-report.log is
+# not. Indexing by [right] makes a share one of the images that the net gets right
 
 STEPS = 200  # of the PGD that is doubted
 MARKS = (0, 1, 5, 10, 20, 50, 100, STEPS)  # iterations to report
@@ -196,186 +191,191 @@ RADII_STEPS = 20
 
 
 def doubts_about_the_model(net, x, y):
-    """Is it a classifier whose gradient an attack can follow?"""
+    """Is the net a classifier whose gradient an attack can follow?"""
     logits = logits_of(net, x)
     again = logits_of(net, x)
     right = predict(logits) == y
     chance = 1 / logits.shape[1]
-    quarter = chance + (1 - chance) / 4  # of the way to perfect
+    quarter = chance + (1 - chance) / 4  # of the way from chance to 100%
     eighth = chance + (1 - chance) / 8
-    yield Doubt("right on clean images", "at least", warn=quarter, fail=eighth,
-                why="guessing leaves nothing to attack"), right
+    yield right, Doubt(
+        "right on clean images", "at least", warn=quarter, fail=eighth,
+        why="guessing leaves nothing to attack")
 
     largest = logits.abs().amax(1)
     difference = (again - logits).abs().amax(1)
     drift = difference > 1e-4 * largest
-    yield Doubt("two calls differ", "at most", warn=0.02, fail=0.1,
-                why="a random net hides its gradient"), drift
+    yield drift, Doubt(
+        "two calls differ", "at most", warn=0.02, fail=0.1, why="a random net hides its gradient")
     not_finite = ~logits.isfinite().all(1)
     is_positive = logits.amin(1) >= 0
     from_one = (logits.sum(1) - 1).abs()
     is_softmax = is_positive & (from_one < 1e-4)
-    yield Doubt("outputs are no logits", "at most", warn=0.02, fail=0.1,
-                why="NaN, or a softmax, which flattens the loss"), not_finite | is_softmax
+    yield not_finite | is_softmax, Doubt(
+        "outputs are no logits", "at most", warn=0.02, fail=0.1,
+        why="NaN, or a softmax, which flattens the loss")
 
     def loss(logits):
         return cross_entropy(logits, y)
 
     _, grad = input_gradient(net, x, loss)
     share_of_zeros = (grad == 0).flatten(1).float().mean(1)
-    has_many = share_of_zeros > 0.05
-    yield Doubt("zeros in the input gradient", "at most", warn=0.03, fail=0.1,
-                why="saturated or rounded: PGD sees nothing"), has_many[right]
+    has_zeros = share_of_zeros > 0.05
+    yield has_zeros[right], Doubt(
+        "zeros in the input gradient", "at most", warn=0.03, fail=0.1,
+        why="saturated or rounded: PGD sees nothing")
 
 
 def doubts_about_iterations(run, index, x, y, x_adv, report):
-    """Does PGD do more when it goes on (SAT Sec. 6), and what does it find? x_adv, report: of PGD-200.
-
-    PGD-50 means the first 50 of the 200 steps.
-    """
+    """Do more steps fool more images (SAT Sec. 6), up to convergence? x_adv, report: of PGD-200."""
     right = report["clean"] == y
     robust = report["robust"]  # right, and never fooled
-    step = report["step"]  # that of the iterate that fooled; -1 if none did
+    step = report["step"]  # of the iterate that fools; -1 if none does
 
     def withstands(k):
-        """Which images no iterate up to k fools, (N,) bool."""
+        """Which images PGD-k, the first k of these steps, does not fool, (N,) bool."""
         return right & (robust | (step > k))
 
     by_noise = step == 0
-    yield Doubt("fooled by noise", "at most", warn=0.1, fail=0.3,
-                why="a random start is no attack"), by_noise[right]
+    yield by_noise[right], Doubt(
+        "fooled by noise", "at most", warn=0.1, fail=0.3, why="a random start is no attack")
     by_steps = step > 0
-    yield Doubt(f"fooled by steps 1 to {STEPS}", "at least", warn=0.05, fail=0.02,
-                why="PGD is blind", skip="no image is right after noise"), by_steps[withstands(0)]
-    yield Curve("robust after steps", MARKS), torch.stack([withstands(k) for k in MARKS], 1)
+    yield by_steps[withstands(0)], Doubt(
+        f"fooled by steps 1 to {STEPS}", "at least", warn=0.05, fail=0.02,
+        why="PGD is blind", skip="no image is right after noise")
+    yield torch.stack([withstands(k) for k in MARKS], 1), Curve("robust after steps", MARKS)
     late = step > 100
-    yield Doubt(f"fooled by steps 101 to {STEPS}", "at most", warn=0.03, fail=0.1,
-                why="PGD has not converged"), late
-    yield Doubt("robust", "at least", warn=0.1, fail=0.05,
-                why="there is no robustness to doubt"), robust
+    yield late, Doubt(
+        f"fooled by steps 101 to {STEPS}", "at most", warn=0.03, fail=0.1, why="PGD has not converged")
+    yield robust, Doubt("robust", "at least", warn=0.1, fail=0.05, why="there is no robustness to doubt")
 
     fooled = right & ~robust
     rounded = (255 * x_adv[fooled]).round() / 255
     guesses = predict(logits_of(run.net, rounded))
     still_wrong = guesses != y[fooled]
-    yield Doubt("fooled by 8-bit pictures too", "at least", warn=0.85, fail=0,  # never a FAIL
-                why="saved as files, x_adv is rounded", skip="no image is fooled"), still_wrong
+    yield still_wrong, Doubt(  # fail=0: it never FAILs
+        "fooled by 8-bit pictures too", "at least", warn=0.85, fail=0,
+        why="saved as files, x_adv is rounded", skip="no image is fooled")
 
     # One step from a random start, as in training (SAT Sec. 3.1)
     _, once = search(run.net, index, x, y, eps=run.eps, step_size=run.eps, steps=1)
     by_one_only = ~once["robust"] & withstands(50)
-    yield Doubt("PGD-1 fools, PGD-50 does not", "at most", warn=0.03, fail=0.1,
-                why="masked gradients"), by_one_only[right]
-    yield Doubt("withstands PGD-1, PGD-50 too", "at least", warn=0.5, fail=0.25,
-                why="overfit to one step",
-                skip="no image withstands PGD-1"), withstands(50)[once["robust"]]
+    yield by_one_only[right], Doubt(
+        "PGD-1 fools, PGD-50 does not", "at most", warn=0.03, fail=0.1, why="masked gradients")
+    yield withstands(50)[once["robust"]], Doubt(
+        "withstands PGD-1, PGD-50 too", "at least", warn=0.5, fail=0.25,
+        why="overfit to one step", skip="no image withstands PGD-1")
 
 
 def doubts_about_the_radius(run, index, x, y, right):
-    """Is nothing robust at a huge eps (SAT Sec. 6)?"""
+    """Is no image robust at a huge eps (SAT Sec. 6)?"""
     columns = []
     for eps in RADII:
-        # 2.5 radii in all (Madry et al. 2018), more below eps 8, where a step is 1
+        # All steps together go 2.5 radii (Madry et al. 2018), or more, as no step is below 1
         step_size = max(1, 2.5 * eps / RADII_STEPS)
         _, report = search(run.net, index, x, y, eps=eps, step_size=step_size, steps=RADII_STEPS)
         columns.append(report["robust"])
-    yield Doubt(f"robust at eps {RADII[-1]}", "at most", warn=0.05, fail=0.15,
-                why="such noise drowns the image"), columns[-1][right]
-    yield Curve(f"robust to PGD-{RADII_STEPS} at eps", RADII), torch.stack(columns, 1)
+    yield columns[-1][right], Doubt(
+        f"robust at eps {RADII[-1]}", "at most", warn=0.05, fail=0.15, why="such noise drowns the image")
+    yield torch.stack(columns, 1), Curve(f"robust to PGD-{RADII_STEPS} at eps", RADII)
 
 
 def doubts_from_other_attacks(run, index, x, y, robust):
-    """Do other attacks find what PGD has missed (CA)? robust: to PGD-200.
+    """Do other attacks find what PGD has missed (CA)? robust (N,) bool: to PGD-200.
 
-    They try those images only, but the shares are of all, so that 1% is a point of robust accuracy.
+    They try the robust images only, but the shares are of all: 1% is a point of robust accuracy.
     """
     def of_all(hit):
-        """hit, a row for each robust image -> a row for each image."""
-        everywhere = torch.zeros_like(robust)
-        everywhere[robust] = hit
-        return everywhere
+        """hit, one bool for each robust image -> (N,) bool."""
+        return torch.zeros_like(robust).masked_scatter(robust, hit)
 
-    left = (index[robust], x[robust], y[robust])
-    _, again = search(run.net, *left, eps=run.eps, step_size=run.step_size, steps=20, restarts=4, seed=1)
-    yield Doubt("robust, but not to 4 restarts", "at most", warn=0.03, fail=0.1,
-                why="PGD depends on luck"), of_all(~again["robust"])
+    _, again = search(run.net, index[robust], x[robust], y[robust], eps=run.eps,
+                      step_size=run.step_size, steps=20, restarts=4, seed=1)
+    yield of_all(~again["robust"]), Doubt(
+        "robust, but not to 4 restarts", "at most", warn=0.03, fail=0.1, why="PGD depends on luck")
 
     _, report = autoattack(
         run.net, x[robust], y[robust], eps=run.eps / 255, index=index[robust],
-        attacks=("apgd-ce", "square"), queries=1000)  # of 5,000: enough to tell masked gradients
+        attacks=("apgd-ce", "square"), queries=1000)  # of 5,000: enough to find masked gradients
     fooled_by = np.array(report["fooled_by"], dtype=object)
     by_apgd = torch.from_numpy(fooled_by == "apgd-ce").to(y.device)
     by_square = torch.from_numpy(fooled_by == "square").to(y.device)
-    yield Doubt("robust, but not to APGD", "at most", warn=0.05, fail=0.15,
-                why="PGD stops short; quote AutoAttack"), of_all(by_apgd)
-    yield Doubt("robust to both, not to Square", "at most", warn=0.03, fail=0.1,
-                why="needs no gradient, yet wins: masked"), of_all(by_square)
+    yield of_all(by_apgd), Doubt(
+        "robust, but not to APGD", "at most", warn=0.05, fail=0.15,
+        why="PGD stops short; quote AutoAttack")
+    yield of_all(by_square), Doubt(
+        "robust to both, not to Square", "at most", warn=0.03, fail=0.1,
+        why="needs no gradient, yet wins: masked")
 
 
 def doubts_from_other_nets(run, index, x, y, robust, surrogate, normal):
     """Does a second net's attack find what PGD has missed, and does PGD fool a normal net (CA)?"""
-    moved = robust[:0]
+    moved = robust[:0]  # no images: SKIP
     if surrogate is not None:
-        x_adv = pgd_from(surrogate, index, x, y, eps=run.eps, step_size=run.step_size, steps=50)
+        x_adv = last_iterates(surrogate, index, x, y, eps=run.eps, step_size=run.step_size, steps=50)
         moved = robust & (predict(logits_of(run.net, x_adv)) != y)
-    yield Doubt("robust, but not to transfer", "at most", warn=0.03, fail=0.1,
-                why="the net masks its own gradient", skip="--surrogate names no second net"), moved
+    yield moved, Doubt(
+        "robust, but not to transfer", "at most", warn=0.03, fail=0.1,
+        why="the net masks its own gradient", skip="--surrogate names no second net")
 
     withstands = robust[:0]
     if normal is not None:
         _, report = search(normal, index, x, y, eps=run.eps, step_size=run.step_size, steps=50)
         withstands = report["robust"][report["clean"] == y]
-    yield Doubt("a normal net is robust", "at most", warn=0.05, fail=0.15,
-                why="PGD is too weak", skip="--normal names no normally trained net"), withstands
+    yield withstands, Doubt(
+        "a normal net is robust", "at most", warn=0.05, fail=0.15,
+        why="PGD is too weak", skip="--normal names no normally trained net")
 
 
 def doubts_about_the_path(run, index, x, y, right):
     """Does the loss rise all the way from an image to what PGD makes of it?"""
-    x_adv = pgd_from(run.net, index, x, y, eps=run.eps, step_size=run.step_size, steps=10)
+    x_adv = last_iterates(run.net, index, x, y, eps=run.eps, step_size=run.step_size, steps=10)
     losses = []
     for t in (0, 0.25, 0.5, 0.75, 1):
         between = x.lerp(x_adv, t)
         losses.append(cross_entropy(logits_of(run.net, between), y))
     slopes = torch.stack(losses).diff(dim=0)
     rises = (slopes > 0).all(0)
-    yield Doubt("loss rises all the way to x_adv", "at least", warn=0.75, fail=0.5,
-                why="else gradients lead nowhere"), rises[right]
+    yield rises[right], Doubt(
+        "loss rises all the way to x_adv", "at least", warn=0.75, fail=0.5,
+        why="else gradients lead nowhere")
 
 
 def doubts_about_a_batch(run, index, x, y, surrogate, normal):
-    """Every doubt about run.net -> pairs (Doubt or Curve, its hits in this batch)."""
-    yield from doubts_about_the_model(run.net, x, y)
+    """Every doubt about run.net -> pairs (its hit in this batch, the Doubt or Curve)."""
     x_adv, report = search(run.net, index, x, y, eps=run.eps, step_size=run.step_size, steps=STEPS)
     right = report["clean"] == y
+    robust = report["robust"]
+    yield from doubts_about_the_model(run.net, x, y)
     yield from doubts_about_iterations(run, index, x, y, x_adv, report)
     yield from doubts_about_the_radius(run, index, x, y, right)
-    yield from doubts_from_other_attacks(run, index, x, y, report["robust"])
-    yield from doubts_from_other_nets(run, index, x, y, report["robust"], surrogate, normal)
+    yield from doubts_from_other_attacks(run, index, x, y, robust)
+    yield from doubts_from_other_nets(run, index, x, y, robust, surrogate, normal)
     yield from doubts_about_the_path(run, index, x, y, right)
 
 
 def all_doubts(run, surrogate=None, normal=None):
-    """Every doubt about run.net on run.batches, with run.eps and step_size in 1/255 -> its rows."""
+    """Every doubt about run.net on run.batches -> the rows of the report."""
     began = time.monotonic()
-    hits = {}  # of each doubt, a tensor for each batch
+    hits = {}  # of each doubt: its hit in every batch
     n_done = 0
     for index, x, y in run.batches:
-        for doubt, hit in doubts_about_a_batch(run, index, x, y, surrogate, normal):
+        for hit, doubt in doubts_about_a_batch(run, index, x, y, surrogate, normal):
             hits.setdefault(doubt, []).append(hit)
             show(f"{n_done} of {run.n} images, {doubt.what} | {duration(time.monotonic() - began)}")
         n_done += len(y)
-    return [doubt.judged(torch.cat(parts)) for doubt, parts in hits.items()]
+    return [doubt.judged(torch.cat(batches)) for doubt, batches in hits.items()]
 
 
 def report(args):
-    evaluate.check_json(args.json)
+    """All doubts about one net as verdicts, a line each. Exits with 1 on a FAIL, else 2 on an UNSURE."""
     run = open_run(args, limit=256)
     began = time.monotonic()
     surrogate = other_net(args.surrogate, run) if args.surrogate else None
     normal = other_net(args.normal, run) if args.normal else None
 
-    say(f"{run.weights}: {run.arch} {run.act}, {run.n} images of {run.data}, eps {run.eps:g}, "
-        f"step {run.step_size:g}")
+    say(f"{run.weights} ({weights_hash(run.net)}): {run.arch} {run.act}, {run.n} of the "
+        f"{run.images.n} images of {run.data}, eps {run.eps:g}, step {run.step_size:g}")
     rows = all_doubts(run, surrogate, normal)
     say(f"{'verdict':<7} {'doubt':<32} {'measured':<15} {'wanted':<15} why it matters")
     for row in rows:
@@ -385,10 +385,7 @@ def report(args):
     counts = [f"{verdicts.count(name)} {name}" for name in ("PASS", "WARN", "FAIL", "UNSURE", "SKIP")]
     say(f"{', '.join(counts)}; {duration(time.monotonic() - began)}")
     if "UNSURE" in verdicts:
-        say(f"UNSURE: more of the {run.images.n} images, with --limit, may settle it")
-    if args.json:
-        by_name = {row["what"]: row for row in rows}
-        write_json(Path(args.json), {**by_name, "hash": run.digest, "n": run.n, "eps": run.eps})
+        say("UNSURE: more images, with --limit, may settle it")
     if "FAIL" in verdicts:
         raise SystemExit(1)
     if "UNSURE" in verdicts:
@@ -397,11 +394,12 @@ def report(args):
 
 # What runs have written: reports and logs
 
-# Two evaluations are comparable if these agree
+# Of a report: what has to agree for a comparison, what args.json says too, and what every report has
 SETTING = ("attack", "eps", "step_size", "steps", "restarts", "last_iterate", "seed", "smooth_backward",
            "dtype")
-NETWORK = ("arch", "act", "act_alpha")  # what a report and its run's args.json both name
-IN_REPORTS = {*SETTING, *NETWORK, "n", "n_correct", "n_robust", "hash", "ledger", "images", "code"}
+NETWORK = ("arch", "act", "act_alpha")
+IN_REPORTS = {*SETTING, *NETWORK, "n", "n_correct", "n_robust", "hash", "ledger", "images", "code",
+              "train"}
 
 
 def time_of(path):
@@ -409,50 +407,47 @@ def time_of(path):
 
 
 def read_reports(paths):
-    """Reports of evaluate.py -> [(path, report)], oldest first. What is none is named and left out.
+    """Reports of evaluate.py -> [(path, namespace)], oldest first. Other files are named and left out.
 
-    So is a report in a run's folder that is not about the run: its network or curve is not the one in
-    args.json, or its weights are not those of the folder's newest report.
+    So are, in a run's folder, reports on another network or on other weights than its newest report's.
     """
     found = []
-    hashes = {}  # of each folder's newest report
+    hashes = {}  # of each run's newest report
     for path in sorted(map(Path, paths), key=time_of, reverse=True):
+        args_path = path.parent.parent / "args.json"
         try:
-            report = train.read_json(path)
-            need(IN_REPORTS <= report.keys(), f"{path} is no report of evaluate.py")
-            args_path = path.parent.parent / "args.json"
+            content = train.read_json(path)
+            need(IN_REPORTS <= content.keys(), f"{path} is no report of evaluate.py")
+            report = SimpleNamespace(**content)
             if args_path.exists():
                 saved = train.read_json(args_path)
                 for name in NETWORK:
-                    need(report[name] == saved.get(name),
-                         f"{path} is about {name} {report[name]}, the run has {saved.get(name)}")
-                newest = hashes.setdefault(path.parent, report["hash"])
-                need(report["hash"] == newest, f"{path} is about other weights than newer reports there")
+                    need(content[name] == saved.get(name),
+                         f"{path} is about {name} {content[name]}, the run has {saved.get(name)}")
+                newest = hashes.setdefault(args_path, report.hash)
+                need(report.hash == newest, f"{path} is about other weights than newer reports there")
         except SystemExit as reason:
             say(f"left out: {reason}")
-            continue
-        found.append((path, report))
-    return found[::-1]
+        else:
+            found.insert(0, (path, report))
+    return found
 
 
 def setting_name(report):
-    """What a report's attack was, in words; seed, restarts and the like only where they are unusual."""
-    words = [report["attack"]]
-    if report["attack"] == "pgd":
-        words = [f"PGD-{report['steps']}"]
-    words.append(f"eps {report['eps']:g}")
-    if report["attack"] == "pgd":
-        words.append(f"step {report['step_size']:g}")
-    if report["restarts"] not in (None, 1):
-        words.append(f"{report['restarts']} restarts")
-    if report["last_iterate"]:
+    """A report's attack in words; its seed and the like only where they are not the default."""
+    words = [report.attack, f"eps {report.eps:g}"]
+    if report.attack == "pgd":
+        words = [f"PGD-{report.steps}", f"eps {report.eps:g}", f"step {report.step_size:g}"]
+    if report.restarts not in (None, 1):
+        words.append(f"{report.restarts} restarts")
+    if report.last_iterate:
         words.append("last iterate")
-    if report["seed"] != 0:
-        words.append(f"seed {report['seed']}")
-    if report["smooth_backward"] != "none":
+    if report.seed != 0:
+        words.append(f"seed {report.seed}")
+    if report.smooth_backward != "none":
         words.append("smooth backward")
-    if report["dtype"] != "fp32":
-        words.append(report["dtype"])
+    if report.dtype != "fp32":
+        words.append(report.dtype)
     return ", ".join(words)
 
 
@@ -464,8 +459,8 @@ def percent(k, n):
 
 def curve_name(report):
     """The activation, and its alpha where it was chosen."""
-    alpha = "" if report["act_alpha"] is None else f" alpha {report['act_alpha']:g}"
-    return f"{report['act']}{alpha}"
+    alpha = "" if report.act_alpha is None else f" alpha {report.act_alpha:g}"
+    return f"{report.act}{alpha}"
 
 
 def table(args):
@@ -473,6 +468,10 @@ def table(args):
     paths = []
     for folder in args.folders:
         paths += Path(folder).rglob("eval/*.json")
+        for args_path in sorted(Path(folder).rglob("args.json")):
+            if not any(args_path.parent.glob("eval/*.json")):
+                say(f"left out: {args_path.parent} has no report; run python evaluate.py --out "
+                    f"{args_path.parent}")
     newest = {}
     for path, report in read_reports(paths):
         newest[path.parent.parent, setting_name(report)] = report  # the last counts
@@ -480,16 +479,16 @@ def table(args):
     say(f"{'activation':<16}{'network':<17}{'seed':>4}{'clean':>7}{'robust':>8}{'n':>7}   "
         f"{'95% interval':<16}{'attack':<42}run")
     for (folder, attack), report in sorted(newest.items()):
-        seed = (report.get("train") or {}).get("seed", "-")
-        _, clean, _ = percent(report["n_correct"], report["n"])
-        low, robust, high = percent(report["n_robust"], report["n"])
+        seed = report.train["seed"] if report.train else "-"
+        _, clean, _ = percent(report.n_correct, report.n)
+        low, robust, high = percent(report.n_robust, report.n)
         interval = f"{low:.2f} to {high:.2f}"
-        say(f"{curve_name(report):<16}{report['arch']:<17}{seed:>4}{clean:7.2f}{robust:8.2f}"
-            f"{report['n']:7}   {interval:<16}{attack:<42}{folder}")
+        say(f"{curve_name(report):<16}{report.arch:<17}{seed:>4}{clean:7.2f}{robust:8.2f}"
+            f"{report.n:7}   {interval:<16}{attack:<42}{folder}")
 
 
 def read_log(folder):
-    """A run's log.jsonl -> its lines; a last one without its end is left out: it is being written."""
+    """The lines of a run's log.jsonl, without an unfinished last one: a run may be writing it."""
     path = Path(folder) / "log.jsonl"
     lines = []
     try:
@@ -503,7 +502,7 @@ def read_log(folder):
 
 
 def points_of(lines, kind, field, unit):
-    """The points (epoch, value) of a log's field. A resumed run may repeat an epoch: the last counts."""
+    """A log's field -> its points (epoch, value). Of an epoch that a resumed run repeats, the last."""
     values = {}
     for line in lines:
         if line["kind"] == kind and math.isfinite(line[field]):
@@ -533,8 +532,8 @@ def student_t(n_free):
 def interval_of_two_nets(new, old):
     """Two networks' verdicts on the same images, (N,) bool -> 95% interval of their difference.
 
-    Wald's interval for paired proportions, with half an image added to each of the four cells: both
-    right, only new, only old, neither (Agresti & Min 2005). The images vary, the two networks do not.
+    Wald's interval for paired proportions, with half an image added to each of the four cells: both,
+    only new, only old, neither (Agresti & Min 2005). It is about other images, not other networks.
     """
     n = len(new) + 2
     only_new = (new & ~old).sum() + 0.5
@@ -546,14 +545,13 @@ def interval_of_two_nets(new, old):
 
 
 def interval_of_seeds(new, old):
-    """Verdicts of S >= 2 seeds of either side on N images, (S, N) bool -> 95% interval.
+    """Verdicts of S >= 2 seeds of both methods on N images, (S, N) bool -> 95% interval.
 
-    Seeds and images are both taken for random, so the interval is about the method, on such images. The
-    difference of seed s on image i is delta + seed_s + image_i + rest_si, so the mean over all varies by
+    Seeds and images are both random samples: the interval is about other seeds and other images. The
+    difference of seed s on image i is delta + seed_s + image_i + rest_si, and its mean has the variance
         (var seed + var rest / N) / S + var image / N.
-    Three estimates give it (Searle, Casella & McCulloch 1992). The variance of the seeds' means
-    estimates var seed + var rest / N. The variance of the images' means estimates var image + var rest
-    / S. What remains of the table without the means of its rows and columns estimates var rest.
+    Estimates (Searle, Casella & McCulloch 1992): the seeds' means have the variance var seed +
+    var rest / N, the images' means var image + var rest / S, and what remains without both var rest.
     """
     difference = new.astype(float) - old.astype(float)
     n_seeds, n_images = difference.shape
@@ -588,14 +586,11 @@ def compare_verdicts(new, old):
         verdict = "higher"
     elif high < 0:
         verdict = "lower"
-    only_new = new & ~old
-    only_old = old & ~new
-    shares = dict(new=new.mean(), old=old.mean(), low=low, high=high)
-    shares["difference"] = new.mean() - old.mean()
+    shares = dict(new=new.mean(), old=old.mean(), low=low, high=high, difference=new.mean() - old.mean())
     row = {name: 100 * share for name, share in shares.items()}
-    row["only_new"] = only_new.sum() / n_seeds
-    row["only_old"] = only_old.sum() / n_seeds
-    return dict(row, n=n_images, verdict=verdict)
+    only_new = (new & ~old).sum() / n_seeds
+    only_old = (old & ~new).sum() / n_seeds
+    return dict(row, only_new=only_new, only_old=only_old, n=n_images, verdict=verdict)
 
 
 def read_run(folder):
@@ -604,7 +599,7 @@ def read_run(folder):
     args = train.read_json(folder / "args.json")
     reports = {}
     for path, report in read_reports((folder / "eval").glob("*.json")):
-        setting = tuple(report[name] for name in SETTING)
+        setting = tuple(getattr(report, name) for name in SETTING)
         if setting in reports:
             say(f"warning: {folder} has several reports of {setting_name(report)}; the newest counts")
         reports[setting] = report
@@ -613,13 +608,13 @@ def read_run(folder):
 
 
 def match_seeds(new, old):
-    """Runs of both sides -> [(new run, old run)], seed beside seed. One run a side: these two."""
+    """Runs of both sides -> [(new run, old run)] of the same seed. A single pair may differ in it."""
     if len(new) == len(old) == 1:
         return [(new[0], old[0])]
     new_seeds = {run.args.get("seed"): run for run in new}
     old_seeds = {run.args.get("seed"): run for run in old}
-    for name, runs, seeds in (("NEW", new, new_seeds), ("--against", old, old_seeds)):
-        need(len(seeds) == len(runs), f"{name} has a seed twice; give one run of each seed")
+    need(len(new_seeds) == len(new), "NEW has a seed twice; give one run of each seed")
+    need(len(old_seeds) == len(old), "--against has a seed twice; give one run of each seed")
     shared = sorted(new_seeds.keys() & old_seeds.keys())
     need(shared, f"no seed is on both sides: NEW has {list(new_seeds)}, --against has "
          f"{list(old_seeds)}; train both sides with the same --seed")
@@ -630,42 +625,28 @@ def match_seeds(new, old):
 
 
 def shared_settings(runs):
-    """The settings that all runs have a report of. SystemExit if there is none."""
-    shared = [setting for setting in runs[0].reports if all(setting in run.reports for run in runs)]
-    if not shared:
-        raise SystemExit("no attack was run on all of them; run evaluate.py on each with the same flags "
-                         "(python sanity.py table FOLDER shows what there is)")
+    """The settings that all runs have a report of; others are named. SystemExit if there is none."""
+    shared = []
+    for setting in dict.fromkeys(setting for run in runs for setting in run.reports):
+        without = [str(run.folder) for run in runs if setting not in run.reports]
+        if without:
+            name = setting_name(SimpleNamespace(**dict(zip(SETTING, setting))))
+            say(f"left out: {name}, which was not run on {', '.join(without)}")
+        else:
+            shared.append(setting)
+    need(shared, "no attack was run on all of them; run evaluate.py on each with the same flags")
     return shared
 
 
-def read_verdicts(run, setting):
-    """The ledger of one report -> {index: line}. SystemExit where there is none."""
-    name = run.reports[setting]["ledger"]
-    lines, _ = evaluate.read_ledger(run.folder / "eval", name)
-    need(lines, f"the ledger {run.folder / 'eval' / name}.*.jsonl is missing or empty; run evaluate.py "
-         "again")
-    return lines
-
-
-def verdicts_of(line):
-    """A ledger line's verdicts -> {what: bool}; a line of --last-iterate has those of both protocols."""
-    is_correct = line["clean"] == line["label"]
-    if "robust_at" in line:
-        every = "0" not in line["robust_at"]
-        return {"clean": is_correct, "robust (last iterate)": line["robust_at"].endswith("1"),
-                "robust (every iterate)": is_correct and every}
-    return {"clean": is_correct, "robust": is_correct and line["fooled"] is None}
-
-
-def table_of(ledgers, numbers):
-    """Ledgers [{index: line}] of S runs, numbers of N images -> {what: (S, N) bool}."""
-    columns = {}
-    for lines in ledgers:
-        verdicts = [verdicts_of(lines[number]) for number in numbers]
-        for what in verdicts[0]:
-            row = [verdict[what] for verdict in verdicts]
-            columns.setdefault(what, []).append(row)
-    return {what: np.array(rows) for what, rows in columns.items()}
+def verdicts_of(lines):
+    """Ledger lines of N images -> {what: (N,) bool}; those of --last-iterate have both protocols."""
+    clean = np.array([line["clean"] == line["label"] for line in lines])
+    if "robust_at" not in lines[0]:
+        robust = np.array([line["fooled"] is None for line in lines])
+        return {"clean": clean, "robust": clean & robust}
+    last = np.array([line["robust_at"].endswith("1") for line in lines])
+    every = np.array(["0" not in line["robust_at"] for line in lines])
+    return {"clean": clean, "robust (last iterate)": last, "robust (every iterate)": clean & every}
 
 
 def compare_setting(pairs, setting):
@@ -673,52 +654,55 @@ def compare_setting(pairs, setting):
     runs = [run for pair in pairs for run in pair]
     name = setting_name(runs[0].reports[setting])
     reports = [run.reports[setting] for run in runs]
-    images = {report["images"] for report in reports}
+    images = {report.images for report in reports}
     need(len(images) == 1, f"{name}: the runs were measured on different images; run evaluate.py on all "
          "with the same --data, --data-dir and --res")
-    codes = {report["code"] for report in reports}
+    codes = {report.code for report in reports}
     if len(codes) > 1:
         say(f"warning: {name}: measured by different versions of the code; run evaluate.py on all again")
 
-    ledgers = {run.folder: read_verdicts(run, setting) for run in runs}
-    shared = set.intersection(*map(set, ledgers.values()))
-    numbers = sorted(shared)
+    ledgers = {}
+    for run in runs:
+        ledger = run.reports[setting].ledger
+        ledgers[run.folder], _ = evaluate.read_ledger(run.folder / "eval", ledger)
+        need(ledgers[run.folder], f"the ledger {run.folder / 'eval' / ledger}.*.jsonl is missing or "
+             "empty; run evaluate.py again")
+    numbers = sorted(set.intersection(*map(set, ledgers.values())))
     n_most = max(map(len, ledgers.values()))
     need(len(numbers) > 1, f"{name}: the runs have {len(numbers)} images in common; run evaluate.py on "
          "all with the same --limit")
     if len(numbers) < n_most:
         say(f"warning: {name}: {len(numbers)} of {n_most} images are in all ledgers; the rest is unused")
-    for number in numbers:
-        labels = {lines[number]["label"] for lines in ledgers.values()}
-        need(len(labels) == 1, f"{name}: image {number} has the labels {labels}; run evaluate.py on all "
-             "with the same data")
 
-    new = table_of([ledgers[run.folder] for run, _ in pairs], numbers)
-    old = table_of([ledgers[run.folder] for _, run in pairs], numbers)
+    verdicts = {}  # of each run: {what: (N,) bool}
+    for folder, lines in ledgers.items():
+        verdicts[folder] = verdicts_of([lines[number] for number in numbers])
     rows = []
-    for what in new:
-        rows.append({"setting": name, "what": what, **compare_verdicts(new[what], old[what])})
+    for what in verdicts[runs[0].folder]:
+        new = np.stack([verdicts[run.folder][what] for run, _ in pairs])
+        old = np.stack([verdicts[run.folder][what] for _, run in pairs])
+        rows.append(SimpleNamespace(setting=name, what=what, **compare_verdicts(new, old)))
     return rows
 
 
 def compare_training(pairs):
-    """The last epoch's mean loss and error in training, under its attack -> rows, without intervals."""
+    """The mean training loss and error (%) of both sides in the last epoch -> rows."""
+    def last_of(run):
+        _, value = points_of(read_log(run.folder), "epoch", what, unit)[-1]
+        return value
+
     rows = []
     for what, unit in (("loss", 1), ("error", 100)):
-        last = []  # of each pair: the new run's, the old one's
-        for pair in pairs:
-            points = [points_of(read_log(run.folder), "epoch", what, unit) for run in pair]
-            last.append([line[-1][1] for line in points])
-        new, old = np.mean(last, axis=0)
-        rows.append(dict(what=what, new=new, old=old, difference=new - old))
+        new = np.mean([last_of(run) for run, _ in pairs])
+        old = np.mean([last_of(run) for _, run in pairs])
+        rows.append(SimpleNamespace(what=what, new=new, old=old, difference=new - old))
     return rows
 
 
 def flags_that_differ(pairs):
     """The flags of training that are not the same in all runs -> ["act: silu | relu"]."""
-    # Not listed: the flags of train.FREE (`init` is there, but its init_hash is listed), and what may
-    # differ between two runs of one method: the seed, the commit, and what depends on the machine
-    ignored = {*train.FREE, "seed", "commit", "processes", "python", "torch", "torchvision"}
+    # These may differ between two runs of one method; of the flags in train.FREE, --init may not
+    ignored = {*train.FREE, "seed", "commit", "processes", "python", "torch", "torchvision"} - {"init"}
     names = {name for pair in pairs for run in pair for name in run.args} - ignored
     differ = []
     for name in sorted(names):
@@ -730,13 +714,11 @@ def flags_that_differ(pairs):
 
 
 def compare(args):
+    """Runs of an idea against runs of its baseline: differences in accuracy with 95% intervals."""
     evaluate.check_json(args.json)
     new = [read_run(folder) for folder in args.new]
     old = [read_run(folder) for folder in args.against]
     pairs = match_seeds(new, old)
-    for new_run, old_run in pairs:
-        need(new_run.folder.resolve() != old_run.folder.resolve(),
-             f"{new_run.folder} is on both sides; give --against the baseline's runs")
     settings = shared_settings([run for pair in pairs for run in pair])
     rows = []
     for setting in settings:
@@ -750,79 +732,76 @@ def compare(args):
     for text in flags_that_differ(pairs):
         say(f"{text}  (new | old)")
     seeds = [run.args.get("seed") for run, _ in pairs]
-    about = "one network a side: the intervals are about these two networks, not about the method"
-    if len(pairs) > 1:
+    if len(pairs) == 1:
+        about = "one network a side: the intervals are about these two networks, not about the method"
+    else:
         about = (f"{len(pairs)} pairs matched by seed ({', '.join(map(str, seeds))}): the intervals are "
                  "about the method, seeds and images both vary")
-    if len(pairs) == 2:
-        about += "; two seeds tell little about how seeds spread, so use three or more"
     say(about)
 
     setting = None
     for row in rows:
-        if row["setting"] != setting:
-            setting = row["setting"]
-            say(f"\n{setting}; {row['n']} images; accuracies in percent, "
-                "only new and only old in images per seed")
+        if row.setting != setting:
+            setting = row.setting
+            say(f"\n{setting}; {row.n} images; accuracies in percent, only new and only old in images "
+                "per seed")
             say(f"  {'':<23}{'new':>7}{'old':>7}{'new - old':>11}{'95% interval':>18}{'only new':>10}"
                 f"{'only old':>10}  verdict")
-        interval = f"{row['low']:+.2f} to {row['high']:+.2f}"
-        say(f"  {row['what']:<23}{row['new']:7.2f}{row['old']:7.2f}{row['difference']:+11.2f}"
-            f"{interval:>18}{row['only_new']:10.1f}{row['only_old']:10.1f}  {row['verdict']}")
-    say("\nlast epoch of training, under its attack if it had one")
+        interval = f"{row.low:+.2f} to {row.high:+.2f}"
+        say(f"  {row.what:<23}{row.new:7.2f}{row.old:7.2f}{row.difference:+11.2f}"
+            f"{interval:>18}{row.only_new:10.1f}{row.only_old:10.1f}  {row.verdict}")
+    say("\ntraining, its last epoch; error in percent; both under the attack if there was one")
     for row in training:
-        say(f"  {row['what']:<23}{row['new']:7.3f}{row['old']:7.3f}{row['difference']:+11.3f}")
+        say(f"  {row.what:<23}{row.new:7.3f}{row.old:7.3f}{row.difference:+11.3f}")
 
     if args.json:
-        write_json(Path(args.json), dict(new=new_folders, old=old_folders, seeds=seeds, about=about,
-                                         comparisons=rows, training=training))
+        found = dict(new=new_folders, old=old_folders, seeds=seeds, about=about)
+        found["comparisons"] = [vars(row) for row in rows]
+        found["training"] = [vars(row) for row in training]
+        write_json(Path(args.json), found)
 
 
 # What a training step costs, and a whole run
 
 IMAGENET_IMAGES = 1281167
-N_WARMUPS = 4  # steps that allocate, tune, compile and record
+N_WARMUPS = 4  # the first steps are slow: they allocate, tune and compile
 
 
 def clock(device):
-    """Seconds, once the device has done all its work."""
+    """The time in seconds, once the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def training_step(flags, n_classes, x, y):
-    """One step of train.py with these flags on the batch x, y, to be called."""
+    """A function of no arguments: one step of train.py with these flags on the batch x, y."""
     torch.manual_seed(0)
     with train.sentences():
         net = on_device(train.network(flags, n_classes), x.device)
         attack_model, train_model, _ = train.make_views(net, flags, x.device)
     optimizer, scaler = train.make_optimizer(flags, net, x.device)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-9  # all steps are on one random batch, which the net would fit, or diverge on
     return partial(train.update, flags, attack_model, train_model, optimizer, scaler, x, y)
 
 
 def warm_up(step, device):
-    """The first steps -> the GiB of a GPU that a step takes beside the weights; - without a GPU."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.empty_cache()
-        bytes_before = torch.cuda.memory_reserved()
+    """Take the first steps -> GiB that a step needs on a GPU beside the weights; - on a CPU."""
+    torch.cuda.empty_cache()
+    bytes_before = torch.cuda.memory_reserved()
     for _ in range(N_WARMUPS):
         step()
-    if not on_gpu:
+    if device.type != "cuda":
         return "-"
-    torch.cuda.empty_cache()  # what only tuning needed
+    torch.cuda.empty_cache()  # of what the first steps alone needed
     torch.cuda.reset_peak_memory_stats()
     step()
-    # Not max_memory_allocated, which does not see what CUDA graphs take
+    # max_memory_allocated would miss the memory of CUDA graphs
     n_bytes = torch.cuda.max_memory_reserved() - bytes_before
     return f"{n_bytes / 2**30:.1f}"
 
 
 def forward_flops(flags, n_classes):
-    """The FLOPs of one image's forward pass, counted on the meta device, where nothing is computed."""
+    """Floating-point operations of one image's forward pass, counted on the meta device."""
     with torch.device("meta"):
         net = train.network(flags, n_classes)
         x = torch.empty(2, 3, flags.res, flags.res)  # BatchNorm wants more than one value
@@ -831,70 +810,79 @@ def forward_flops(flags, n_classes):
     return counter.get_total_flops() / 2
 
 
-def cost(args):
-    """Time train.py's own step for each activation and each number of PGD steps, and what follows."""
-    flags = args.train
-    need(min(args.pgd) >= 0, f"--pgd {min(args.pgd)} is no number of steps; use 0 for none, or more")
-    train.check(flags, 1)
-    device, _, _ = open_device(flags.device, flags.dtype)
-    torch.backends.cudnn.benchmark = True
-    # All variants run the same code: past this limit torch would run them eagerly; 8 is for one network
-    torch._dynamo.config.recompile_limit = 8 * len(args.acts) * len(args.pgd)
-    n_images = IMAGENET_IMAGES
-    n_classes = 1000
+def size_of_data(flags):
+    """The number of training images and of classes. ImageNet's are known where it is not installed."""
     try:
         images = data.load(flags.data, flags.data_dir, train=True, res=flags.res)
-        n_images = images.n
-        n_classes = len(images.classes)
     except SystemExit:
         if flags.data != "imagenet" or flags.data_dir is not None:
             raise
-    members, _ = data.hold_out(n_images, flags.limit, flags.holdout)
+        say(f"no images in data/imagenet; the run is one of ImageNet's {IMAGENET_IMAGES} all the same")
+        return IMAGENET_IMAGES, 1000
+    return images.n, len(images.classes)
 
+
+def time_in_turns(steps, n_rounds, device):
+    """{row: step} -> {row: median seconds}. In turns, so that other work slows all of them alike."""
+    seconds = {row: [] for row in steps}
+    for number in range(n_rounds):
+        for row, step in steps.items():
+            show(f"round {number + 1} of {n_rounds}: {row}")
+            began = clock(device)
+            step()
+            seconds[row].append(clock(device) - began)
+    return {row: np.median(times) for row, times in seconds.items()}
+
+
+def cost(args):
+    """Time train.py's own step for each activation and number of PGD steps -> what a run costs."""
+    flags = args.train
+    need(min(args.pgd) >= 0, f"--pgd {min(args.pgd)} is no number of steps; use 0 or more")
+    train.check(flags, 1)
+    device, _, _ = open_device(flags.device, flags.dtype)
+    torch.backends.cudnn.benchmark = True
+    # By default torch compiles a function 8 times and then runs it eagerly
+    torch._dynamo.config.recompile_limit = 8 * len(args.acts) * len(args.pgd)
+    n_images, n_classes = size_of_data(flags)
+    members, _ = data.hold_out(n_images, flags.limit, flags.holdout)
     n = args.batch_size or (32 if device.type == "cpu" else 128)
     x = torch.rand(n, 3, flags.res, flags.res, device=device)
     y = torch.arange(n, device=device) % n_classes
-    steps_of = {}  # of each row, (activation, PGD steps): one step of training
+    steps = {}  # of each row (activation, PGD steps): a step of training
     gib = {}
     for row in itertools.product(args.acts, args.pgd):
         show(f"first steps of {row}")
         act, pgd_steps = row
-        own_flags = argparse.Namespace(**{**vars(flags), "act": act, "steps": pgd_steps})
-        steps_of[row] = training_step(own_flags, n_classes, x, y)
-        gib[row] = warm_up(steps_of[row], device)
-    # The rows take turns, so that other work on the machine slows all of them alike
-    seconds = {row: [] for row in steps_of}
-    for number in range(args.rounds):
-        for row, step in steps_of.items():
-            show(f"round {number + 1} of {args.rounds}: {row}")
-            began = clock(device)
-            step()
-            seconds[row].append(clock(device) - began)
+        # With the usual lr, many steps on one random batch end at zero loss, or at nan
+        own_flags = {**vars(flags), "act": act, "steps": pgd_steps, "lr": 1e-9}
+        steps[row] = training_step(argparse.Namespace(**own_flags), n_classes, x, y)
+        gib[row] = warm_up(steps[row], device)
+    seconds = time_in_turns(steps, args.rounds, device)
 
     compiled = "compiled" if flags.compile else "not compiled"
-    say(f"{flags.arch}, {flags.res} px, {n} images, {flags.dtype}, {compiled}, {device_name(device)}; "
-        "GiB beside the weights")
-    say(f"the run: {flags.epochs} epochs of {len(members)} images; its hours on 1, 8 and 64 of these, "
-        "without loading and validation")
-    say("act         PGD  ms/step   img/s  x first     GiB     on 1     on 8    on 64   EFLOPs")
-    medians = {row: np.median(times) for row, times in seconds.items()}
-    first = next(iter(medians.values()))
+    say(f"{flags.arch}, {flags.res} px, {n} images a step, {flags.dtype}, {compiled}, "
+        f"{device_name(device)}")
+    say("x first: ms/step in units of the first row; GiB: of GPU memory for a step, beside the weights")
+    say(f"on 1, 8, 64 such devices: the time of a run of {flags.epochs} epochs of {len(members)} images")
+    say("without loading them and without validation; EFLOPs: its floating-point operations in 1e18")
+    say("act         PGD  ms/step   img/s  x first     GiB      on 1      on 8     on 64   EFLOPs")
+    first = next(iter(seconds.values()))
     flops = forward_flops(flags, n_classes)
     n_seen = flags.epochs * len(members)
-    for (act, pgd_steps), median in medians.items():
+    for (act, pgd_steps), median in seconds.items():
         speed = n / median
-        hours = n_seen / speed / 3600
-        # In forward passes: a step of the attack costs 2, forward and back to the image; the update 3,
-        # since its way back leads to the weights too
+        on_1, on_8, on_64 = [duration(n_seen / speed / n_devices) for n_devices in (1, 8, 64)]
+        # In forward passes a step of PGD costs 2, forward and back to the image. The update costs 3, as
+        # its way back leads to the weights too
         passes = 2 * pgd_steps + 3
         exaflops = passes * flops * n_seen / 1e18
         say(f"{act:<11}{pgd_steps:4}{1e3 * median:9.1f}{speed:8.0f}{median / first:9.2f}"
-            f"{gib[act, pgd_steps]:>8}{hours:9.2f}{hours / 8:9.2f}{hours / 64:9.2f}{exaflops:9.3g}")
+            f"{gib[act, pgd_steps]:>8}{on_1:>10}{on_8:>10}{on_64:>10}{exaflops:9.3g}")
 
 
 # Drawing: a figure with its panels, the axes of a panel, its lines
 
-SCALE = 4  # pixels a unit while drawing; two by two are averaged at the end, which makes edges smooth
+SCALE = 4  # pixels a unit while drawing; save() averages two by two, which makes edges smooth
 INK = "#1E1E1E"
 GREY = "#6E6E6E"
 FAINT = "#E4E4E4"
@@ -903,11 +891,10 @@ ORANGE = "#D55E00"
 # Okabe and Ito's colours without the yellow, for all eyes, then three of Paul Tol's and a grey
 COLOURS = ("#000000", ORANGE, BLUE, "#009E73", "#56B4E9", "#E69F00", "#CC79A7",
            "#332288", "#999933", "#8C8C8C", "#AA4455")
-# Dashes and markers tell curves apart in grey too, and where one lies on another. A dash is the lengths
-# of ink and gap; the first curve is solid
-DASHES = ((14, 4), (2, 4), (6, 6))
-# A marker is its number of corners, its turn in degrees, and its size relative to a disc's
-MARKERS = ((40, 0, 1.0), (4, 0, 1.25), (3, 0, 1.4), (4, 45, 1.3))  # disc, square, triangle, diamond
+# Dashes and markers tell curves apart in grey too, and where one lies on another
+DASHES = ((14, 4), (2, 4), (6, 6))  # units of ink and gap; the first curve is solid
+# Number of corners, turn in degrees, size: disc, square, triangle, diamond
+MARKERS = ((40, 0, 1.0), (4, 0, 1.25), (3, 0, 1.4), (4, 45, 1.3))
 VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
@@ -919,31 +906,20 @@ def style(i):
     return colour, dash, marker
 
 
-def check_picture(args):
-    """Refuse a --png that cannot be drawn, before the work."""
-    if args.png is not None:
-        need(Path(args.png).suffix == ".png", f"--png {args.png} is no PNG's name; let it end in .png")
-        need(not Path(args.png).is_dir(), f"--png {args.png} is a folder; give the name of a file in it")
-
-
 def text_width_of(texts, size=12):
     """The width of the longest text in units."""
     font = ImageFont.load_default(size)
     return math.ceil(max(font.getlength(text) for text in texts))
 
 
-def dashed(points, dash):
-    """A line through points (n, 2) -> the pieces of it that are drawn."""
-    ink, gap = dash
+def dashed(points, ink, gap):
+    """A line through points (n, 2) -> its dashes, lists of points one unit apart."""
     lengths = np.linalg.norm(np.diff(points, axis=0), axis=1)
-    ends = np.append(0, lengths.cumsum())  # how far along the line each point is
-    at = np.arange(0, ends[-1], 0.25)
-    x, y = points.T
-    fine = np.stack([np.interp(at, ends, x), np.interp(at, ends, y)], 1)
-    is_ink = at % (ink + gap) < ink
-    turns = np.flatnonzero(np.diff(is_ink)) + 1
-    pieces = np.split(fine, turns)
-    return [piece for piece in pieces[::2] if len(piece) > 1]  # ink and gap take turns
+    travelled = np.append(0, lengths.cumsum())  # along the line, up to each point
+    at = np.arange(travelled[-1])
+    x, y = np.transpose(points)
+    fine = np.stack([np.interp(at, travelled, x), np.interp(at, travelled, y)], 1)
+    return [fine[start:start + ink + 1] for start in range(0, len(fine), ink + gap)]
 
 
 def pixels_of(points):
@@ -955,8 +931,8 @@ def pixels_of(points):
 class Figure:
     """A white picture with panels in rows, each width x height units; points are (x, y), y downwards.
 
-    boxes: the panels' (left, top, right, bottom). left, above, below: the room that each has around it;
-    beside: the room to the right of all, by default for the legend of `names`.
+    boxes: the panels' (left, top, right, bottom). left, above, below: the room around each; beside: the
+    room to the right of all, by default for the legend of `names`.
     """
 
     def __init__(self, n_panels, n_columns, width, height, names=(), left=60, above=60, below=50,
@@ -978,10 +954,8 @@ class Figure:
         self.pen = ImageDraw.Draw(self.image)
 
     def line(self, points, colour=INK, width=1, dash=None):
-        """A line through points (n, 2); dash: the lengths of ink and gap."""
-        pieces = [points]
-        if dash is not None:
-            pieces = dashed(points, dash)
+        """A line through points (n, 2)."""
+        pieces = [points] if dash is None else dashed(points, *dash)
         for piece in pieces:
             self.pen.line(pixels_of(piece), colour, SCALE * width, joint="curve")
 
@@ -992,9 +966,11 @@ class Figure:
             circle = (pixels_of(point), SCALE * reach)
             self.pen.regular_polygon(circle, n_corners, turn, fill)
 
-    def paste(self, pixels, left, top, width, height):
-        """uint8 pixels (H, W, 3), stretched over a rectangle."""
-        image = Image.fromarray(pixels).resize(pixels_of((width, height)), Image.NEAREST)
+    def paste(self, pixels, box):
+        """uint8 pixels (H, W, 3), stretched over a box."""
+        left, top, right, bottom = box
+        size = pixels_of((right - left, bottom - top))
+        image = Image.fromarray(pixels).resize(size, Image.NEAREST)
         self.image.paste(image, pixels_of((left, top)))
 
     def text(self, point, words, anchor="ms", size=12, colour=INK):
@@ -1007,23 +983,19 @@ class Figure:
         self.text((20, self.bottom + 6), words, "ls", 11, GREY)
 
     def legend(self, names, lines=True, markers=True):
-        """The names of styles 0, 1, ... beside the panels, never on the data."""
+        """The names of styles 0, 1, ... to the right of the panels."""
         for i, name in enumerate(names):
             colour, dash, shape = style(i)
             y = 70 + 20 * i
             if lines:
-                ends = np.array([(self.right, y), (self.right + 34, y)])
-                self.line(ends, colour, 2, dash)
+                self.line([(self.right, y), (self.right + 34, y)], colour, 2, dash)
             if markers:
                 self.marker((self.right + 17, y), colour, shape)
             self.text((self.right + 42, y), name, "lm")
 
     def save(self, path):
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self.image.reduce(2).save(path)
-        except OSError as reason:
-            raise SystemExit(f"cannot write {path} ({reason.strerror}); give another file with --png")
+        evaluate.make_folder(Path(path).parent)
+        self.image.reduce(2).save(path)
         say(f"{path}")
 
 
@@ -1038,7 +1010,7 @@ def span(values, least=-math.inf, most=math.inf):
 def ticks(ends, most):
     """Round numbers between two ends, about `most` of them: multiples of 1, 2 or 5 times 10^k."""
     low, high = ends
-    smallest = (high - low) / most  # the smallest step that gives no more
+    smallest = (high - low) / most  # a smaller step gives more than `most`
     power = 10.0 ** math.floor(math.log10(smallest))
     steps = [factor * power for factor in (1, 2, 5, 10)]
     step = min(step for step in steps if step >= smallest)
@@ -1047,15 +1019,11 @@ def ticks(ends, most):
     return [k * step for k in range(first, last + 1)]
 
 
-def numbered(ends, length):
-    """The marks {value: words} of an axis with round numbers."""
-    return {tick: f"{tick:.6g}" for tick in ticks(ends, length / 40)}
-
-
 def axes(fig, box, xs, ys, xlabel, ylabel, title, x_marks=None, y_marks=None):
-    """Two axes around a box; xs and ys are their ends, marks {value: words} default to round numbers.
+    """Two axes around a box, from xs[0] to xs[1] and from ys[0] to ys[1].
 
-    -> place(x, y): the points (n, 2) of the figure that belong to points of the data.
+    Their marks {value: words} default to round numbers. -> place(x, y), which turns values into points
+    (n, 2) of the figure.
     """
     left, top, right, bottom = box
 
@@ -1065,16 +1033,16 @@ def axes(fig, box, xs, ys, xlabel, ylabel, title, x_marks=None, y_marks=None):
         return np.stack(np.broadcast_arrays(across, upwards), -1)
 
     if x_marks is None:
-        x_marks = numbered(xs, right - left)
+        x_marks = {tick: f"{tick:.6g}" for tick in ticks(xs, (right - left) / 40)}
     if y_marks is None:
-        y_marks = numbered(ys, bottom - top)
+        y_marks = {tick: f"{tick:.6g}" for tick in ticks(ys, (bottom - top) / 40)}
     for value, words in x_marks.items():
-        x = np.interp(value, xs, (left, right))
+        x, _ = place(value, ys[0])
         fig.line([(x, top), (x, bottom)], FAINT)
         fig.line([(x, bottom), (x, bottom + 4)])
         fig.text((x, bottom + 8), words, "ma")
     for value, words in y_marks.items():
-        y = np.interp(value, ys, (bottom, top))
+        _, y = place(xs[0], value)
         fig.line([(left, y), (right, y)], FAINT)
         fig.line([(left - 4, y), (left, y)])
         fig.text((left - 8, y), words, "rm")
@@ -1087,12 +1055,8 @@ def axes(fig, box, xs, ys, xlabel, ylabel, title, x_marks=None, y_marks=None):
 
 
 def plot(fig, box, lines, xs, xlabel, ylabel, title, least=-math.inf, most=math.inf):
-    """A panel with a line of points [(x, y), ...] in each style, or none where there are no points."""
-    heights = [y for line in lines for _, y in line]
-    if not heights:  # no axis without a number
-        left, top, _, _ = box
-        fig.text((left, top + 20), f"{title}: nothing yet", "ls", colour=GREY)
-        return
+    """A panel with a line of points [(x, y), ...] in each style, which may have no point yet."""
+    heights = [y for line in lines for _, y in line] or [0, 1]
     place = axes(fig, box, xs, span(heights, least, most), xlabel, ylabel, title)
     for i, line in enumerate(lines):
         if not line:
@@ -1118,14 +1082,15 @@ def value_and_slope(act, x):
 
 
 def activations(args):
+    """Every activation and its slope, from -4 to 4 and around 0."""
     fig = Figure(4, 2, 270, 240, ACTIVATIONS)
-    boxes = iter(fig.boxes)
-    for reach, note in ((4, ""), (0.3, ", around 0")):
-        at = torch.linspace(-reach, reach, 801, dtype=torch.float64)
-        curves_of = [value_and_slope(make_act(name), at) for name in ACTIVATIONS]
-        values, slopes = zip(*curves_of)
-        plot(fig, next(boxes), values, (-reach, reach), "x", "f(x)", f"Activations{note}")
-        plot(fig, next(boxes), slopes, (-reach, reach), "x", "f '(x)", f"Derivatives{note}")
+    for row, reach, note in ((0, 4, ""), (1, 0.3, ", around 0")):
+        x = torch.linspace(-reach, reach, 801, dtype=torch.float64)
+        both = [value_and_slope(make_act(name), x) for name in ACTIVATIONS]
+        values, slopes = zip(*both)
+        xs = (-reach, reach)
+        plot(fig, fig.boxes[2 * row], values, xs, "x", "f(x)", f"Activations{note}")
+        plot(fig, fig.boxes[2 * row + 1], slopes, xs, "x", "f '(x)", f"Derivatives{note}")
     fig.legend(ACTIVATIONS, markers=False)
     fig.save(args.png or "out/activations.png")
 
@@ -1133,12 +1098,9 @@ def activations(args):
 # Training runs over their epochs
 
 def curves(args):
+    """Training loss, clean and robust accuracy of some runs over their epochs."""
     logs = [read_log(folder) for folder in args.folders]
-    names = []
-    for folder, log in zip(args.folders, logs):
-        is_validated = any(line["kind"] == "val" for line in log)
-        names.append(folder if is_validated else f"{folder} (not validated yet)")
-    fig = Figure(3, 3, 270, 240, names)
+    fig = Figure(3, 3, 270, 240, args.folders)
     shown = (("Training loss", "cross-entropy", "epoch", "loss", 1, math.inf),
              ("Clean accuracy, held-out images", "accuracy (%)", "val", "clean", 100, 100),
              ("Robust accuracy, held-out images", "accuracy (%)", "val", "robust", 100, 100))
@@ -1147,34 +1109,34 @@ def curves(args):
         epochs = [epoch for line in lines for epoch, _ in line]
         last_epoch = max([5, *epochs])  # at least five on the axis
         plot(fig, box, lines, (0, 1.03 * last_epoch), "epoch", ylabel, title, 0, most)
-    fig.legend(names)
+    fig.legend(args.folders)
     fig.save(args.png or "out/curves.png")
 
 
 # Reports of evaluate.py, clean against robust accuracy: SAT Figs. 3 and 4
 
 def network_name(report):
-    """The network, the main flags of its training, and the number of images; they share a style."""
-    name = f"{report['arch']} {curve_name(report)}, {report['res']} px"
-    recipe = report.get("train")
-    if recipe is None:  # nothing is known of its training, so it stands for itself
-        return f"{name}, {report['weights']}, n = {report['n']}"
-    if recipe["steps"] == 0:
+    """The network, the main flags of its training, the number of images: what shares a style."""
+    name = f"{report.arch} {curve_name(report)}, {report.res} px"
+    if report.train is None:  # how it was trained is unknown: a style of its own
+        return f"{name}, {report.weights}, n = {report.n}"
+    recipe = SimpleNamespace(**report.train)
+    if recipe.steps == 0:
         name += ", normal"
     else:
-        name += f", PGD-{recipe['steps']} eps {recipe['eps']:g}"
-    if recipe["smooth_backward"] != "none":
-        name += f", smooth backward {recipe['smooth_backward']}"
-    return f"{name}, {recipe['epochs']} epochs, n = {report['n']}"
+        name += f", PGD-{recipe.steps} eps {recipe.eps:g}"
+    if recipe.smooth_backward != "none":
+        name += f", smooth backward {recipe.smooth_backward}"
+    return f"{name}, {recipe.epochs} epochs, n = {report.n}"
 
 
 def scatter(args):
     """A panel for each data set and attack, a marker for each report, its 95% intervals as a cross."""
     panels = {}  # of each title: [(name, (low, value, high) of clean, of robust)]
     for _, report in read_reports(args.files):
-        clean = percent(report["n_correct"], report["n"])
-        robust = percent(report["n_robust"], report["n"])
-        title = f"{report['data']}, {setting_name(report)}"
+        clean = percent(report.n_correct, report.n)
+        robust = percent(report.n_robust, report.n)
+        title = f"{report.data}, {setting_name(report)}"
         panels.setdefault(title, []).append((network_name(report), clean, robust))
     need(panels, "no report of evaluate.py among these files; give out/*/eval/*.json")
     names = sorted({name for nets in panels.values() for name, _, _ in nets})
@@ -1196,25 +1158,25 @@ def scatter(args):
     fig.save(args.png or "out/scatter.png")
 
 
-# What `compare --json` found, beside the paper's differences
+# The results of `compare --json`, beside the paper's differences
 
 def read_comparison(path, only):
-    """The row of a file of compare --json whose measurement begins with `only`, and a name for it."""
+    """A file of compare --json -> its one row whose measurement begins with `only`, as a namespace."""
     found = train.read_json(path)
     need(found.get("comparisons"), f"{path} has no comparisons; give files that compare --json wrote")
-    rows = []
+    rows = {}
     for row in found["comparisons"]:
         setting = row["setting"].replace(", last iterate", "")  # `what` says which iterate counts
-        measure = f"{row['what']}, {setting}"
-        if measure.startswith(only):
-            rows.append({**row, "measure": measure})
-    need(len(rows) == 1, f"{path} has {len(rows)} comparisons that begin with {only!r}; choose one with "
-         f"--only, the start of its name: {'; '.join(row['measure'] for row in rows)}")
+        rows[f"{row['what']}, {setting}"] = row
+    measures = [measure for measure in rows if measure.startswith(only)]
+    need(len(measures) == 1, f"{path} has {len(measures)} comparisons that begin with {only!r}; choose "
+         f"one with --only, the start of its name: {'; '.join(measures or rows)}")
+    measure = measures[0]
     name = path.stem
     if "against" not in name:
         baseline = os.path.commonprefix([Path(folder).name for folder in found["old"]])
         name += f" against {baseline.rstrip('-_')}"
-    return {**rows[0], "name": name}
+    return SimpleNamespace(**rows[measure], name=name, measure=measure)
 
 
 def forest(args):
@@ -1224,58 +1186,46 @@ def forest(args):
     values = [0]
     for path in map(Path, args.files):
         row = read_comparison(path, args.only)
-        row["paper"] = paper.get(path.stem)
-        rows.append(row)
-        values += [row["low"], row["high"], row["paper"] or 0]
-    measures = sorted({row["measure"] for row in rows})
+        row.paper = paper.get(path.stem)
+        values += [row.low, row.high, row.paper or 0]
+        rows.insert(0, row)  # rows are drawn from below; the first file is the topmost
+    measures = sorted({row.measure for row in rows})
     need(len(measures) == 1, f"one picture shows one measurement, here are {'; '.join(measures)}; "
          "choose with --only, the start of a name")
 
-    rows.reverse()  # the first file is the topmost row
-    marks = {y: row["name"] for y, row in enumerate(rows)}
+    marks = {y: row.name for y, row in enumerate(rows)}
     ys = (-0.5, len(rows) - 0.5)
     left = 40 + text_width_of(marks.values())
     fig = Figure(1, 1, 400, 30 * len(rows), left=left, beside=200)
     place = axes(fig, fig.boxes[0], span(values), ys, "percentage points", "",
                  f"Difference in accuracy: {measures[0]}", y_marks=marks)
     fig.line(place(0, ys))
+    colours = {"higher": BLUE, "lower": ORANGE}
     for y, row in enumerate(rows):
-        colour = GREY
-        if row["low"] > 0:
-            colour = BLUE
-        elif row["high"] < 0:
-            colour = ORANGE
-        interval = (row["low"], row["high"])
-        fig.line(place(interval, y), colour, 3)
         _, height = place(0, y)
-        if row["paper"] is not None:
-            fig.marker(place(row["paper"], y), INK, MARKERS[3])
-            fig.text((fig.right + 120, height), f"paper {row['paper']:+.1f}", "lm")
-        fig.marker(place(row["difference"], y), colour)
-        fig.text((fig.right, height), "{difference:+.1f} [{low:.1f}, {high:.1f}]".format(**row), "lm")
+        fig.text((fig.right, height), f"{row.difference:+.1f} [{row.low:.1f}, {row.high:.1f}]", "lm")
+        colour = colours.get(row.verdict, GREY)
+        fig.line(place((row.low, row.high), y), colour, 3)
+        if row.paper is not None:
+            fig.text((fig.right + 120, height), f"paper {row.paper:+.1f}", "lm")
+            fig.marker(place(row.paper, y), INK, MARKERS[3])
+        fig.marker(place(row.difference, y), colour)
     fig.note("95% intervals; blue: higher, orange: lower, grey: undecided; black diamond: the paper")
     fig.save(args.png or "out/forest.png")
 
 
 # A trained net and its images: the loss around them (SAT Fig. 5), before and after the attack
 
-def viridis(values):
-    """Numbers (...) in [0, 1] -> uint8 colours (..., 3), whose lightness rises evenly."""
-    marks = np.linspace(0, 1, len(VIRIDIS))
-    channels = [np.interp(values, marks, channel) for channel in np.transpose(VIRIDIS)]
-    return np.stack(channels, -1).astype(np.uint8)
-
-
 def heat_map(fig, box, z, ends):
     """z (n, n), its first index to the right, its second upwards, in bands of one colour each."""
-    left, top, right, bottom = box
     picture = z.T[::-1].astype(np.float32)  # a picture's first index is its row, counted from above
     inner = (0.5, 0.5, len(z) - 0.5, len(z) - 0.5)  # from the middle of the first to that of the last
-    size = pixels_of((right - left, bottom - top))
-    field = np.asarray(Image.fromarray(picture).resize(size, Image.BILINEAR, inner))
+    fine = np.asarray(Image.fromarray(picture).resize((1024, 1024), Image.BILINEAR, inner))
     levels = ticks(ends, 15)
-    bands = np.digitize(field, levels) / len(levels)
-    fig.paste(viridis(bands), left, top, right - left, bottom - top)
+    bands = np.digitize(fine, levels)
+    marks = np.linspace(0, len(levels), len(VIRIDIS))
+    channels = [np.interp(bands, marks, channel) for channel in np.transpose(VIRIDIS)]
+    fig.paste(np.stack(channels, -1).astype(np.uint8), box)
 
 
 def to_rms_1(direction):
@@ -1292,13 +1242,13 @@ def directions(delta, index):
 
 
 def loss_surface(net, x, y, attack, random, reach, n):
-    """Cross-entropies (n, n) at x + a attack + b random, a and b within +-reach; x (1, C, H, W)."""
-    # Pixels may leave [0, 1]: clamping would put kinks into the picture that are not the network's
+    """Cross-entropies (n, n) at x + a attack + b random, a and b within +-reach; x (1, C, H, W).
+
+    Pixels may leave [0, 1]: clamping would bend the surface where the network does not.
+    """
     offsets = torch.linspace(-reach, reach, n, device=x.device)
-    rows = []
-    for a in offsets:
-        row = x + a * attack + offsets.view(n, 1, 1, 1) * random
-        rows.append(cross_entropy(logits_of(net, row), y.expand(n)))
+    along_random = offsets.view(n, 1, 1, 1) * random  # (n, C, H, W)
+    rows = [cross_entropy(logits_of(net, x + a * attack + along_random), y.expand(n)) for a in offsets]
     return torch.stack(rows).cpu().numpy()
 
 
@@ -1306,54 +1256,49 @@ def roughness(surface):
     """Mean squared second difference, in both directions; compare at the same radius and n only."""
     along_first = np.diff(surface, n=2, axis=0)
     along_second = np.diff(surface, n=2, axis=1)
-    squares = np.square(along_first).mean() + np.square(along_second).mean()
-    return squares / 2
+    return (np.square(along_first).mean() + np.square(along_second).mean()) / 2
 
 
-def surfaces(net, run, index, x, y, n):
-    """The loss around each image of a batch, within twice eps -> list of (n, n)."""
-    reach = 2 * run.eps / 255
-    x_adv = pgd_from(net, index, x, y, run.eps, run.step_size, steps=20)
-    delta = x_adv - x
-    around = []
+def surfaces_of(net, run, index, x, y):
+    """The loss around each image of a batch, up to 2 eps away -> list of (31, 31)."""
+    x_adv = last_iterates(net, index, x, y, run.eps, run.step_size, steps=20)
+    surfaces = []
     for i in range(len(y)):
         show(f"the loss around image {i + 1} of a batch of {len(y)}")
-        row = slice(i, i + 1)
-        attack, random = directions(delta[row], index[row])
-        around.append(loss_surface(net, x[row], y[row], attack, random, reach, n))
-    return around
+        one = slice(i, i + 1)
+        attack, random = directions(x_adv[one] - x[one], index[one])
+        surface = loss_surface(net, x[one], y[one], attack, random, 2 * run.eps / 255, n=31)
+        surfaces.append(surface)
+    return surfaces
 
 
 def landscape(args):
-    """The loss around the first of the images, each net a column."""
+    """The loss around the first of the images, a panel for each net; its roughness around all."""
     run = open_run(args, limit=20)
     nets = {str(args.weights or run.out): run.net}
     for path in args.against:
         nets[path] = other_net(path, run)
-    shown = {}  # of each net, the surface of the first image
-    rough = {name: [] for name in nets}
+    surfaces = {name: [] for name in nets}
     for index, x, y in run.batches:
         for name, net in nets.items():
-            around = surfaces(net, run, index, x, y, n=31)
-            shown.setdefault(name, around[0])
-            rough[name] += [roughness(surface) for surface in around]
+            surfaces[name] += surfaces_of(net, run, index, x, y)
 
-    losses = np.stack(list(shown.values()))
-    ends = (losses.min(), losses.max() + 1e-6)  # an axis, even where the loss is the same everywhere
-    reach = 2 * run.eps
+    shown = np.stack([surfaces[name][0] for name in nets])
+    ends = (shown.min(), shown.max() + 1e-6)  # an axis, even where the loss is the same everywhere
+    xs = (-2 * run.eps, 2 * run.eps)
     width = max(260, text_width_of(nets, 13))
     fig = Figure(len(nets), len(nets), width, 260, beside=80)
-    for (left, top, _, bottom), (name, surface) in zip(fig.boxes, shown.items()):
+    for (left, top, _, bottom), name in zip(fig.boxes, nets):
         box = (left, top, left + 260, bottom)
-        axes(fig, box, (-reach, reach), (-reach, reach), "attack (1/255)", "random (1/255)", name)
-        heat_map(fig, box, surface, ends)
-        words = f"roughness {rough[name][0]:.2g}"
+        axes(fig, box, xs, xs, "attack (1/255)", "random (1/255)", name)
+        heat_map(fig, box, surfaces[name][0], ends)
+        rough = [roughness(surface) for surface in surfaces[name]]
+        words = f"roughness {rough[0]:.2g}"
         fig.text((left + 130, top - 10), words, colour=GREY)
-        n = len(rough[name])
+        n = len(rough)
         if n > 1:
-            deviation = np.std(rough[name], ddof=1)
-            half = student_t(n - 1) * deviation / math.sqrt(n)
-            words += f"; over {n} images {np.mean(rough[name]):.2g} +- {half:.1g}"
+            half = student_t(n - 1) * np.std(rough, ddof=1) / math.sqrt(n)
+            words += f"; over {n} images {np.mean(rough):.2g} +- {half:.1g} (95% interval)"
         say(f"{name}: {words}")
     ladder = (fig.right + 40, 60, fig.right + 54, 320)
     axes(fig, ladder, (0, 1), ends, "", "cross-entropy", "", x_marks={})
@@ -1370,13 +1315,12 @@ def gallery(args):
     need(args.limit is None or args.limit <= 40,
          f"--limit {args.limit} is too long for a picture; use 40 at most")
     run = open_run(args, limit=6)
-    steps = run.steps if args.steps is None else args.steps
     index, x, y = next(run.batches)
-    x_adv = pgd_from(run.net, index, x, y, run.eps, run.step_size, steps)
+    x_adv = last_iterates(run.net, index, x, y, run.eps, run.step_size, run.steps)
     magnify = max(1, round(127 / run.eps))  # eps becomes black or white
     classes = run.images.classes
 
-    panels = []  # pictures in rows of three: pixels, words, colour
+    panels = []  # (picture, words above it, their colour), three a row
     for i, label in enumerate(y.tolist()):
         for title, picture in (("clean", x[i]), (f"attacked, eps {run.eps:g}/255", x_adv[i])):
             logits = logits_of(run.net, picture[None])[0]
@@ -1390,9 +1334,9 @@ def gallery(args):
     for (left, top, _, _), (picture, words, colour) in zip(fig.boxes, panels):
         pixels = (255 * picture.clamp(0, 1)).round().byte()
         rows = pixels.permute(1, 2, 0)  # (3, H, W) -> (H, W, 3)
-        fig.paste(rows.cpu().numpy(), left, top, 150, 150)
+        fig.paste(rows.cpu().numpy(), (left, top, left + 150, top + 150))
         fig.text((left, top - 5), words, "ls", colour=colour)
-    fig.note("orange: the net is wrong; percent: how sure it is; classes are named like their folders")
+    fig.note("orange: the net is wrong; percent: its softmax; classes are named like their folders")
     fig.save(args.png or run.out / "gallery.png")
 
 
@@ -1405,7 +1349,7 @@ def get_args(argv=None):
     commands = p.add_subparsers(metavar="COMMAND")
 
     def add_command(function, help, picture=None):
-        # Without abbreviations: what is not known here is train.py's, and --act is not short for --acts
+        # Without abbreviations: an unknown flag is train.py's, and --act is not short for --acts
         name = function.__name__
         command = commands.add_parser(name, help=help, description=help, allow_abbrev=False,
                                       usage=f"python sanity.py {name} ..., all flags: --help")
@@ -1417,9 +1361,7 @@ def get_args(argv=None):
     c = add_command(report, "doubt one net's robustness: a verdict for each way to be wrong")
     evaluate.add_common_flags(c)
     c.add_argument("--surrogate", help="a second net's folder or file, whose attacks are tried too")
-    c.add_argument("--normal",
-                   help="a normally trained net's folder or file; if it seems robust, PGD is too weak")
-    c.add_argument("--json", help="write the verdicts to this file too")
+    c.add_argument("--normal", help="a normally trained net's folder or file, which PGD has to fool")
 
     c = add_command(compare, "runs of an idea against runs of its baseline, by image and by seed")
     c.add_argument("new", nargs="+", metavar="NEW", help="folders of runs that evaluate.py has measured")
@@ -1429,11 +1371,10 @@ def get_args(argv=None):
     c = add_command(table, "all runs below some folders, the newest report of each")
     c.add_argument("folders", nargs="+", help="folders")
 
-    c = add_command(cost, "what the attack, each activation and a run cost; takes train.py's flags too")
+    c = add_command(cost, "what a step and a whole run cost; takes train.py's flags too")
     c.add_argument("--acts", nargs="+", default=[*ACTIVATIONS], choices=ACTIVATIONS, metavar="ACT",
                    help="instead of train.py's --act; default: all")
-    c.add_argument("--pgd", nargs="+", type=int, default=[0, 1],
-                   help="instead of train.py's --steps; default: 0 1")
+    c.add_argument("--pgd", nargs="+", type=int, default=[0, 1], help="instead of --steps; default: 0 1")
     c.add_argument("--batch-size", type=int, help="images of a step; default: 32 on a CPU, else 128")
     c.add_argument("--rounds", type=int, default=15, help="steps of each kind; the median is shown")
 
@@ -1443,7 +1384,6 @@ def get_args(argv=None):
 
     c = add_command(gallery, "images before and after the attack", "gallery.png in the run's folder")
     evaluate.add_common_flags(c)
-    c.add_argument("--steps", type=int, help="of PGD; default: imagenet 200, else 50")
 
     add_command(activations, "the curves and their slopes, SAT Figs. 1 and 2", "out/activations.png")
 
@@ -1453,7 +1393,7 @@ def get_args(argv=None):
     c = add_command(scatter, "accuracies of many nets, SAT Figs. 3 and 4", "out/scatter.png")
     c.add_argument("files", nargs="+", help="reports of evaluate.py")
 
-    c = add_command(forest, "what several `compare --json` have found, a row each", "out/forest.png")
+    c = add_command(forest, "the results of several `compare --json`, a row each", "out/forest.png")
     c.add_argument("files", nargs="+", help="what compare --json wrote; a row is named like its file")
     c.add_argument("--paper", help='a JSON file with the paper\'s differences: {"silu": 9.3}')
     c.add_argument("--only", default="robust", help="start of a measurement's name, e.g. 'robust (last'")
@@ -1472,8 +1412,8 @@ def get_args(argv=None):
 def main():
     args = get_args()
     train.check_numbers(args)
-    if "png" in args:
-        check_picture(args)
+    if "png" in args and args.png is not None:
+        need(Path(args.png).suffix == ".png", f"--png {args.png} is no PNG's name; let it end in .png")
     args.function(args)
 
 

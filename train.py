@@ -15,8 +15,8 @@ The run's folder (--out) gets
   best.pt             the weights that were most robust on the held-out images
   last.pt             everything that --resume needs; last.prev.pt is the one before
 
-`update` and `make_optimizer`, right above `main`, are what a new idea changes: the loss, the attack, the
-optimizer. `sanity.py cost` times the same two.
+A new idea changes one of four functions right above `main`: `make_optimizer`, `lr_at` (the schedule),
+`attack`, and `update` (the loss, one step). `sanity.py cost` times that same step.
 
 Keys: SAT is the paper; equations, sections and tables are numbered as there.
 """
@@ -54,7 +54,7 @@ from activations import ACTIVATIONS, SmoothReLU
 from attacks import cross_entropy, input_gradient, pgd, predict, random_start
 from data import duration, say, show, write_whole
 from models import (MEAN, MODELS, STD, attacker_view, build, in_precision, load_file, on_device,
-                    precision, read_state_dict, set_numerics, shares_storage)
+                    precision, read_state_dict, set_numerics)
 
 # --data picks the defaults of all other flags
 RECIPES = {
@@ -80,7 +80,7 @@ RUN_FILES = ("args.json", "log.txt", "log.jsonl", "model.pt", "best.pt", "last.p
 # images below --data-dir are compared by their names)
 FREE = ("out", "resume", "init", "workers", "device", "compile", "log_every", "save_every", "download",
         "data_dir")
-PLACE = ("out", "resume", "device", "compile", "download")  # not those of the run that goes on
+PLACE = ("out", "resume", "device", "download")  # of this process, never taken from args.json
 
 # Newer versions of torch warn about arguments that the oldest one we support needs, and about the layout
 # of 1x1 convolutions' gradients in DDP, which costs nothing
@@ -109,7 +109,7 @@ def get_args(argv=None):
     p.add_argument("--out", default="out", help="the run's folder")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, or start it")
     p.add_argument("--init", help="start from the weights in this file, torchvision's too")
-    p.add_argument("--save-every", type=float, default=10, help="minutes between checkpoints")
+    p.add_argument("--save-every", type=float, default=10, help="minutes between saves; 0: every step")
     # network
     p.add_argument("--arch", choices=MODELS, metavar="ARCH", help=", ".join(MODELS))
     p.add_argument("--act", choices=ACTIVATIONS, metavar="ACT", help=", ".join(ACTIVATIONS))
@@ -123,7 +123,7 @@ def get_args(argv=None):
                    help="the rate towards which EfficientNet's blocks rise")
     p.add_argument("--bn-eps", type=float, default=1e-5, help="BatchNorm's; torchvision b5-b7: 1e-3")
     p.add_argument("--mean", type=float, nargs=3, default=list(MEAN), help="of R, G and B, in [0, 1]")
-    p.add_argument("--std", type=float, nargs=3, default=list(STD), help="their deviation")
+    p.add_argument("--std", type=float, nargs=3, default=list(STD), help="their standard deviation")
     p.add_argument("--res", type=int, help="pixels; default: the network's own, cifar10 and shapes 32")
     # optimization
     p.add_argument("--enhanced", action="store_true", help="Sec. 5.2: dropout, " + ", ".join(ENHANCED))
@@ -131,11 +131,12 @@ def get_args(argv=None):
     p.add_argument("--batch-size", type=int, help="images of one update, over all processes")
     p.add_argument("--accum", type=int, default=1, help="parts a batch is split into, to save memory")
     p.add_argument("--lr", type=float, help="peak; default: imagenet 0.1 for each 256 of the batch")
-    p.add_argument("--schedule", choices=["step", "onecycle"], help="x0.1 at 30, 60, 90%%; line to 0")
+    p.add_argument("--schedule", choices=["step", "onecycle"],
+                   help="after warm-up x0.1 at 30, 60 and 90%% of the epochs, or a line to 0")
     p.add_argument("--warmup-epochs", type=float, help="default: 5%%, at most 5; onecycle 40%%")
     p.add_argument("--wd", type=float, help="weight decay")
     p.add_argument("--decay", choices=["weights", "all"],
-                   help="what it is for: convolution and linear weights, or norms and biases too")
+                   help="what --wd decays: convolution and linear weights, or norms and biases too")
     p.add_argument("--nesterov", **switch, help="momentum, as the released code has")
     p.add_argument("--label-smoothing", type=float, default=0.0, help="released code: 0.1")
     p.add_argument("--autoaugment", **switch, help="torchvision's AutoAugment")
@@ -145,8 +146,8 @@ def get_args(argv=None):
     p.add_argument("--eps", type=in_255, help="L-inf radius in 1/255")
     p.add_argument("--step-size", type=in_255, help="in 1/255")
     p.add_argument("--steps", type=int, default=1, help="of PGD; 0 is normal training")
-    p.add_argument("--clean-start", type=float, default=0.0, help="share attacked from the clean image")
-    # how
+    p.add_argument("--clean-start", type=float, default=0.0, help="fraction attacked from x itself")
+    # precision, speed and logging
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "tf32", "bf16", "fp16"],
                    help="auto: bf16 on a GPU, fp32 on a CPU")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
@@ -176,7 +177,8 @@ def get_args(argv=None):
     if args.dropout is None:
         args.dropout = MODELS[args.arch].dropout if args.enhanced else 0.0
     if args.warmup_epochs is None:
-        args.warmup_epochs = min(5, 0.05 * args.epochs) if args.schedule == "step" else 0.4 * args.epochs
+        one_cycle = args.schedule == "onecycle"
+        args.warmup_epochs = 0.4 * args.epochs if one_cycle else min(5, 0.05 * args.epochs)
     if args.dtype == "auto":
         args.dtype = "bf16" if wants_gpu(args) else "fp32"
     if args.compile is None:
@@ -205,7 +207,7 @@ def need(condition, sentence):
 
 @contextlib.contextmanager
 def sentences():
-    """A ValueError from a file below becomes the sentence that a script ends with."""
+    """Turn the ValueError of a module that is no script into SystemExit with the same sentence."""
     try:
         yield
     except ValueError as error:
@@ -219,18 +221,19 @@ def flag(name):
 
 def check_numbers(args):
     """SystemExit for a number that is not finite or makes no sense; in every script's flags."""
-    numbers = {name: value for name, value in vars(args).items() if isinstance(value, (int, float))}
-    for name, value in numbers.items():
+    for name, value in vars(args).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
         if name in ("dropout", "stochastic_depth", "label_smoothing", "clean_start"):
-            need(0 <= value <= 1, f"{flag(name)} {value} is no share; use 0 to 1")
+            need(0 <= value <= 1, f"{flag(name)} {value} is not a fraction; use 0 to 1")
         elif name in MAY_BE_0:
             need(0 <= value < math.inf, f"{flag(name)} {value} is out of range; use 0 or more")
-        elif not isinstance(value, bool):
+        else:
             need(0 < value < math.inf, f"{flag(name)} {value} is out of range; use more than 0")
 
 
 def warn_small_eps(args):
-    """A word where a radius or a step looks like a fraction of the range from 0 to 1."""
+    """Warn of a radius or a step that looks like a fraction of [0, 1] instead of a number of 1/255."""
     for name in ("eps", "step_size"):
         value = getattr(args, name)
         if value is not None and 0 < value < 0.25:
@@ -270,7 +273,7 @@ def check_data(args, images, members, held_out, n_steps, world):
     """SystemExit for flags that these images cannot satisfy."""
     batch_size = min(args.batch_size, len(members) // world * world)
     need(n_steps > 0 and batch_size // (world * args.accum) >= 2,
-         f"a batch of {batch_size} images in {world} processes x --accum {args.accum} has parts of less "
+         f"a batch of {batch_size} images in {world} processes x --accum {args.accum} has parts of fewer "
          "than two, and BatchNorm needs two; use more images, or a larger --batch-size")
     need(len(held_out) > 0 or not args.early_stop, "--early-stop needs held-out images, and a tenth of "
          f"{min(images.n, args.limit or images.n)} is none; use more images")
@@ -317,7 +320,7 @@ def device_name(device):
 
 
 def all_ranks(tensor):
-    """Its sum over all processes."""
+    """The sum of a tensor over all processes."""
     total = tensor.clone()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -382,7 +385,7 @@ class Progress:
     best: float = -1.0  # held-out robust accuracy
     best_epoch: int = 0
     ended: str = ""  # why, if it ended early
-    sums: tuple = (0.0, 0.0, 0.0, 0.0)  # this epoch's batch_sums, over all ranks
+    sums: tuple = (0.0, 0.0, 0.0)  # this epoch's batch_sums, over all ranks
     world: int = 1
 
 
@@ -429,7 +432,7 @@ class Run:
 
     def log_step(self, name, progress, n_steps, sums, lr, seconds, waiting, eta):
         """The line of a step: means since the line before, from their sums (batch_sums) and seconds."""
-        loss_sum, n_errors, n_seen, _ = sums.tolist()
+        loss_sum, n_errors, n_seen = sums.tolist()
         loss = loss_sum / n_seen
         error = n_errors / n_seen
         speed = n_seen / seconds
@@ -442,7 +445,7 @@ class Run:
 
     def log_epoch(self, name, progress, sums, seconds):
         """The line of an epoch, from its sums over all ranks."""
-        loss_sum, n_errors, n_seen, _ = sums.tolist()
+        loss_sum, n_errors, n_seen = sums.tolist()
         loss = loss_sum / n_seen
         error = n_errors / n_seen
         self.log(f"{name} | train loss {loss:.4f} | train error {100 * error:.2f}% | "
@@ -535,12 +538,11 @@ class Run:
         return f"{start} train.py --resume --out {shlex.quote(str(self.out))}"
 
 
-def init_from(net, args, run):
-    """Take every tensor of --init's file that fits by name and shape.
+def init_from(net, path):
+    """Take every tensor of --init's file that fits by name and shape -> a sentence for the log.
 
-    The log names what stays at its initialisation, such as a classifier for other classes.
+    It names what stays at its initialisation, such as a classifier for other classes.
     """
-    path = args.init
     wanted = net.state_dict()
     with sentences():
         found, _ = read_state_dict(path, wanted)
@@ -564,11 +566,14 @@ def init_from(net, args, run):
         sentence += f"; {len(missing)} stay at their initialisation: {shown}"
     if len(found) > len(taken):
         sentence += f"; {len(found) - len(taken)} of the file are unused"
-    run.log(sentence)
+    return sentence
 
 
 def agree(run, progress, world):
-    """SystemExit unless all processes are at the same place -> the group for their votes, on CPUs."""
+    """Check that all processes resume at the same place -> the CPU group for any_rank; None for one.
+
+    A number of processes that has changed is logged. SystemExit if the places differ.
+    """
     if progress.world != world:
         run.log(f"going on with {world} processes instead of {progress.world}: not bit-exact")
         progress.world = world
@@ -607,16 +612,14 @@ def attack_view(net, args):
 
 
 def make_views(net, args, device, world=1, kept=None):
-    """Three models over net's storage, which may not move from here on.
+    """Three models; the first two share net's storage, which may not move from here on.
 
     attack_model  the attacker's view: its backward pass computes no weight gradient, even compiled, so
                   an attack step costs 2 forwards instead of 3; outside DDP
     train_model   net itself, in DDP where there are several processes
-    val_model     a view of `kept`, the weights that are validated: net, or with --ema its average
+    val_model     a frozen view of `kept`, which is validated: net, or with --ema its average
     """
-    view = attack_view(net, args)
-    assert shares_storage(net, view), "the two views must share their storage"
-    attack_model = view
+    attack_model = attack_view(net, args)
     train_model = net.train()
     if args.compile:
         # CUDA graphs pay where a step is bound by launches: one process, small images
@@ -639,7 +642,7 @@ def compiled(net, graphs):
     replay = torch.compile(net, dynamic=False, mode="reduce-overhead")
 
     def model(x):
-        torch.compiler.cudagraph_mark_step_begin()  # two forwards before a backward become an error
+        torch.compiler.cudagraph_mark_step_begin()  # from here the last call's output may be overwritten
         return replay(x)
     return model
 
@@ -689,45 +692,16 @@ def parameter_groups(net, wd, decay):
     return [{"params": decayed, "weight_decay": wd}, {"params": others, "weight_decay": 0.0}]
 
 
-def lr_at(args, epoch, step, n_steps):
-    """This step's learning rate: warm-up, then x0.1 at 30, 60 and 90% (SAT Sec. 3.1), or a line to 0."""
-    now = epoch + step / n_steps
-    warmup = 1.0
-    if args.warmup_epochs > 0:
-        warmup = min(1.0, (now + 1 / n_steps) / args.warmup_epochs)
-    if args.schedule == "step":
-        n_drops = sum(now >= share * args.epochs for share in (0.3, 0.6, 0.9))
-        decay = 0.1**n_drops
-    else:
-        decay = (args.epochs - now) / max(args.epochs - args.warmup_epochs, 1 / n_steps)
-    return args.lr * min(warmup, decay)
-
-
-def attack(args, model, x, y):
-    """The training attack (SAT Sec. 3.1) -> x_adv. Its random start comes from torch's generator."""
-    if args.steps == 0:
-        return x
-    eps = args.eps / 255
-    noise = torch.empty_like(x).uniform_(-eps, eps)
-    if args.clean_start > 0:
-        is_random = torch.rand(len(x), 1, 1, 1, device=x.device) >= args.clean_start
-        noise = noise * is_random
-    return pgd(model, x, y, eps=eps, step_size=args.step_size / 255, steps=args.steps, noise=noise,
-               check=False)
-
-
 @torch.no_grad()
 def batch_sums(logits, y):
-    """What is logged of a batch -> (4,) float64: cross-entropy, errors, images, losses not finite.
+    """What is logged of a batch -> (3,) float64: sum of cross-entropy, number of errors and of images.
 
     The loss here has no label smoothing. All stays on the device, for which a step does not wait.
     """
-    losses = F.cross_entropy(logits, y, reduction="none").double()
-    loss_sum = losses.nan_to_num(0, 0, 0).sum()
+    loss_sum = F.cross_entropy(logits, y, reduction="none").double().sum()
     n_errors = (logits.argmax(1) != y).sum().double()
     n_images = torch.full_like(loss_sum, len(y))
-    n_not_finite = (~losses.isfinite()).sum().double()
-    return torch.stack([loss_sum, n_errors, n_images, n_not_finite])
+    return torch.stack([loss_sum, n_errors, n_images])
 
 
 @torch.no_grad()
@@ -750,27 +724,23 @@ def average_batchnorm_statistics(net, world):
 def update_ema(ema, net, n_updates):
     """ema, a copy of net, moves towards it, buffers too; decay min(0.9999, (1 + n) / (10 + n))."""
     decay = min(0.9999, (1 + n_updates) / (10 + n_updates))
-    for mean, value in zip(ema.state_dict().values(), net.state_dict().values()):
-        if mean.is_floating_point():
-            mean.lerp_(value, 1 - decay)
+    for average, value in zip(ema.state_dict().values(), net.state_dict().values()):
+        if average.is_floating_point():
+            average.lerp_(value, 1 - decay)
         else:
-            mean.copy_(value)
+            average.copy_(value)
 
 
 def finite_sums(sums, net, progress, lr, out):
-    """This epoch's batch_sums over all ranks -> (4,). SystemExit if a loss or a weight is not finite.
+    """This epoch's batch_sums over all ranks -> (3,). SystemExit if a loss or a weight is not finite.
 
     At log lines and saves only: a step does not wait for the device.
     """
     total = all_ranks(sums)
     weights_finite = torch.stack([t.isfinite().all() for t in net.state_dict().values()]).all()
-    _, _, n_seen, n_not_finite = total.tolist()
-    if n_not_finite > 0 or not weights_finite:
-        sentence = (f"loss or weights are not finite at epoch {progress.epoch + 1}, step "
-                    f"{progress.step} (lr {lr:.3g}); last good checkpoint: {out / 'last.pt'}")
-        if n_not_finite < n_seen:  # it began well, so it was not the data but the updates
-            sentence += "; try a smaller --lr"
-        raise SystemExit(sentence)
+    need(total.isfinite().all() and weights_finite,
+         f"loss or weights are not finite at epoch {progress.epoch + 1}, step {progress.step} (lr "
+         f"{lr:.3g}); last good checkpoint: {out / 'last.pt'}; try a smaller --lr")
     return total
 
 
@@ -794,7 +764,7 @@ def validate(args, model, images, held_out, workers, device, rank, world):
     return all_ranks(counts).tolist()
 
 
-# What a new idea changes: the optimizer, and one step
+# What a new idea changes: the optimizer, its learning rate, the attack, and one step
 
 def make_optimizer(args, net, device):
     """SGD with momentum (SAT Sec. 3.1) -> optimizer, and the scaler that float16 needs."""
@@ -804,6 +774,33 @@ def make_optimizer(args, net, device):
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     return optimizer, scaler
+
+
+def lr_at(args, epoch, step, n_steps):
+    """This step's learning rate: warm-up, then x0.1 at 30, 60 and 90% (SAT Sec. 3.1), or a line to 0."""
+    now = epoch + step / n_steps
+    warmup = 1.0
+    if args.warmup_epochs > 0:
+        warmup = min(1.0, (now + 1 / n_steps) / args.warmup_epochs)
+    if args.schedule == "step":
+        n_drops = sum(now >= share * args.epochs for share in (0.3, 0.6, 0.9))
+        decay = 0.1**n_drops
+    elif args.schedule == "onecycle":
+        decay = (args.epochs - now) / max(args.epochs - args.warmup_epochs, 1 / n_steps)
+    return args.lr * min(warmup, decay)
+
+
+def attack(args, model, x, y):
+    """The training attack (SAT Sec. 3.1) -> x_adv. Its random start comes from torch's generator."""
+    if args.steps == 0:
+        return x
+    eps = args.eps / 255
+    noise = torch.empty_like(x).uniform_(-eps, eps)
+    if args.clean_start > 0:
+        is_random = torch.rand(len(x), 1, 1, 1, device=x.device) >= args.clean_start
+        noise = noise * is_random
+    return pgd(model, x, y, eps=eps, step_size=args.step_size / 255, steps=args.steps, noise=noise,
+               check=False)
 
 
 def update(args, attack_model, train_model, optimizer, scaler, x, y):
@@ -851,8 +848,9 @@ def main():
     torch.manual_seed(args.seed)
     with sentences():
         net = on_device(network(args, len(images.classes)), device)
-    ema = copy.deepcopy(net).eval().requires_grad_(False) if args.ema else None
-    kept_net = ema if args.ema else net  # the weights that are validated and kept
+    kept_net = net  # what is validated and kept: the network, or the average of its weights
+    if args.ema:
+        kept_net = copy.deepcopy(net).eval().requires_grad_(False)
     attack_model, train_model, val_model = make_views(net, args, device, world, kept_net)
     optimizer, scaler = make_optimizer(args, net, device)
 
@@ -860,15 +858,16 @@ def main():
     run = Run(args, rank)
     parts = dict(model=net, optimizer=optimizer, scaler=scaler)
     if args.ema:
-        parts["ema"] = ema
+        parts["ema"] = kept_net
     facts = dict(classes=images.classes, n_images=images.n, names=images.names_hash(),
                  small_input=data.DATA_SETS[args.data].small_input)
     progress = run.resume(args, facts, parts) if args.resume else None
     if progress is None:
-        if args.init:
-            init_from(net, args, run)
-            kept_net.load_state_dict(net.state_dict())
+        taken = init_from(net, args.init) if args.init else ""
+        kept_net.load_state_dict(net.state_dict())
         progress = run.begin(args, facts, parts, world)
+        if taken:
+            run.log(taken)
     size = sum(p.numel() for p in net.parameters()) / 1e6
     run.log(f"{args.arch} {args.act}, {size:.2f}M parameters; {args.data}, {len(members)} images, "
             f"{len(held_out)} held out; {n_steps} steps of {min(args.batch_size, len(members))}; "
@@ -881,9 +880,9 @@ def main():
     began = time.monotonic()
     last_save = began
     n_before = progress.n_updates  # by earlier processes
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # of this epoch (batch_sums)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch (batch_sums)
     if rank == 0:  # saved as the sum over all ranks, so only one rank may add it
-        sums += torch.tensor(progress.sums, dtype=torch.float64)
+        sums += torch.tensor(progress.sums, dtype=torch.float64, device=device)
     batches = data.train_batches(
         images, members, args.batch_size, args.epochs, seed=args.seed,
         start=(progress.epoch, progress.step), rank=rank, world=world, workers=workers, device=device,
@@ -907,22 +906,22 @@ def main():
             torch.manual_seed(data.key(args.seed, progress.epoch, progress.step, rank))
             lr = lr_at(args, progress.epoch, progress.step, n_steps)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr  # one rate for all groups, whatever make_optimizer gave them
             sums += update(args, attack_model, train_model, optimizer, scaler, x, y)
             average_batchnorm_statistics(net, world)
             progress.step += 1
             progress.n_updates += 1
             if args.ema:
-                update_ema(ema, net, progress.n_updates)
+                update_ema(kept_net, net, progress.n_updates)
 
-            # A log line, over all ranks since the line before. Only here a step waits for the device
+            # A log line: means over all ranks since the line before. Reading them waits for the device
             if progress.step % args.log_every == 0 or progress.step == n_steps:
                 total = finite_sums(sums, net, progress, lr, run.out)
                 now = time.monotonic()
                 n_ahead = (args.epochs - progress.epoch) * n_steps - progress.step
                 eta = n_ahead * (now - began) / (progress.n_updates - n_before)
-                run.log_step(name, progress, n_steps, total - line_sums, lr, now - line_began, waiting,
-                             eta)
+                run.log_step(name, progress, n_steps, sums=total - line_sums, lr=lr,
+                             seconds=now - line_began, waiting=waiting, eta=eta)
                 line_sums = total
                 line_began = now
                 waiting = 0.0
@@ -932,9 +931,9 @@ def main():
             # All ranks stop or save together, if any was asked to stop or rank 0 finds a checkpoint due.
             # Not at every step: between many GPUs even a small reduce takes time
             if world == 1 or progress.step % 10 == 0 or progress.step == n_steps:
-                due = rank == 0 and time.monotonic() - last_save > 60 * args.save_every
-                stop, due = any_rank(cpu_group, stop_asked.is_set(), due)
-                if stop or due:
+                save = rank == 0 and time.monotonic() - last_save > 60 * args.save_every
+                stop, save = any_rank(cpu_group, stop_asked.is_set(), save)
+                if stop or save:
                     progress.sums = finite_sums(sums, net, progress, lr, run.out).tolist()
                     run.save_checkpoint(parts, progress)
                     last_save = time.monotonic()
