@@ -2270,24 +2270,18 @@ class TestFingerprint(TemporaryFolder):
         self.assertNotEqual(images.fingerprint(), before)
 
     def test_names_change_with_label_file_name_class_and_number_of_images(self):
-        digests = set()
-
-        def note():
+        folder = self.root / "data/train"
+        digests = {self.load().names_hash()}
+        for old, new in (("dog/dog3.JPEG", "dog/dog9.JPEG"), ("dog/dog9.JPEG", "cat/dog9.JPEG"),
+                         ("cat/cat1.JPEG", "cat/more/cat1.JPEG")):
+            (folder / new).parent.mkdir(exist_ok=True)
+            (folder / old).rename(folder / new)
             digests.add(self.load().names_hash())
-
-        note()
-        other_label = self.load()
-        other_label.y[0] = 2
-        digests.add(other_label.names_hash())
-        renamed = self.file.rename(self.file.with_name("dog9.JPEG"))
-        note()
-        moved = renamed.rename(self.root / "data/train/cat/dog9.JPEG")
-        note()
-        moved.unlink()
-        note()
-        (moved.parent / "more").mkdir()
-        (moved.parent / "cat1.JPEG").rename(moved.parent / "more/cat1.JPEG")
-        note()
+        (folder / "cat/dog9.JPEG").unlink()
+        fewer = self.load()
+        digests.add(fewer.names_hash())
+        fewer.y[0] = 2
+        digests.add(fewer.names_hash())
         self.assertEqual(len(digests), 6)
 
 
@@ -4245,13 +4239,8 @@ def name_of(report):
     return sanity.network_name(SimpleNamespace(**report))
 
 
-def comparison(difference, low, high, what="robust"):
+def comparison(difference, low, high, verdict="higher", what="robust"):
     """What `compare --json` writes, with one row."""
-    verdict = "undecided"
-    if low > 0:
-        verdict = "higher"
-    elif high < 0:
-        verdict = "lower"
     row = dict(setting="PGD-50, eps 8, last iterate", what=what, difference=difference, low=low,
                high=high, verdict=verdict)
     return dict(comparisons=[row], old=["out/relu-0", "out/relu-1"])
@@ -4379,8 +4368,8 @@ class TestPictures(InAnEmptyFolder):
         self.assertTrue(Path("out/scatter.png").exists())
     def test_files_become_rows_with_their_baseline_and_the_papers_value(self):
         silu = write_json("silu.json", comparison(2, 1, 3))
-        elu = write_json("elu.json", comparison(-1, -2, 0.5))
-        gelu = write_json("gelu.json", comparison(-3, -4, -2))
+        elu = write_json("elu.json", comparison(-1, -2, 0.5, "undecided"))
+        gelu = write_json("gelu.json", comparison(-3, -4, -2, "lower"))
         paper = write_json("paper.json", {"silu": 9.3})
         with mock.patch.object(sanity.Figure, "marker") as marker, \
                 mock.patch.object(sanity.Figure, "text") as text:
@@ -4398,7 +4387,7 @@ class TestPictures(InAnEmptyFolder):
 
     def test_one_picture_shows_one_measurement(self):
         both = comparison(2, 1, 3)
-        both["comparisons"] += comparison(1, 0, 2, "robust (last iterate)")["comparisons"]
+        both["comparisons"] += comparison(1, 0, 2, what="robust (last iterate)")["comparisons"]
         path = Path(write_json("silu.json", both))
         refuses(self, SystemExit, "--only", sanity.read_comparison, path, "robust")
         self.assertEqual(sanity.read_comparison(path, "robust (last").difference, 1)
