@@ -2495,12 +2495,12 @@ class TestTrainPieces(TensorCase):
 
     def test_the_network_is_built_as_the_flags_say(self):
         text = ("--data shapes --arch resnet20 --act elu --act-alpha 2 --dropout 0.3 --bn-eps 0.1 "
-                "--stochastic-depth 0.4 --initial sat --mean 1 2 3 --std 4 5 6")
+                "--stochastic-depth 0.4 --initial torch --mean 1 2 3 --std 4 5 6")
         with mock.patch("train.build") as build:
             train.network(flags_of(text), 10)
         build.assert_called_once_with(
             "resnet20", "elu", 10, act_alpha=2, smooth_backward=False, dropout=0.3, bn_eps=0.1,
-            stochastic_depth=0.4, small_input=True, initial="sat", mean=[1, 2, 3], std=[4, 5, 6])
+            stochastic_depth=0.4, small_input=True, initial="torch", mean=[1, 2, 3], std=[4, 5, 6])
 
     def test_one_update_is_a_plain_loop(self):
         args = flags_of("--data shapes --act relu --lr 0.1 --wd 0.01 --steps 2 --step-size 3")
@@ -2685,13 +2685,19 @@ class TestRun(TrainCase):
         _, held_out = data.hold_out(images.n, 400, 40)
         index, x, y = next(data.eval_batches(images, held_out, 40))
         noise = random_start(x, 2 / 255, 0, index)
-        x_adv = pgd(net, x, y, eps=2 / 255, step_size=0.5 / 255, steps=10, noise=noise)
+        plain = Recorder(net)
+        x_adv = pgd(plain, x, y, eps=2 / 255, step_size=0.5 / 255, steps=10, noise=noise)
         correct = net(x).argmax(1) == y
         robust = correct & (net(x_adv).argmax(1) == y)
         second, last = log_of(a_run(), "val")  # every second epoch, and the last
         self.assertEqual(second["epoch"], 2)
         expected = dict(kind="val", epoch=3, n=40, clean=correct.sum() / 40, robust=robust.sum() / 40)
         self.assertEqual(last, expected)
+        args = train.get_args([*TINY, "--batch-size", "40"])
+        validated = Recorder(net)
+        train.validate(args, validated, images, held_out, 0, torch.device("cpu"), rank=0, world=1)
+        for iterate, expected in zip(validated.calls, plain.calls):
+            self.assert_same(iterate, expected)
 
     def test_every_step_draws_anew_and_runs_with_another_activation_draw_the_same(self):
         images = {"silu": [], "gelu": []}
