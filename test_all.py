@@ -3363,6 +3363,14 @@ class TestTally(TensorCase):
         self.assertEqual(counts, dict(n=6, n_correct=4, n_robust=1, n_nan=1, robust_after=[3, 3, 2],
                                       forwards=22))
 
+    def test_of_the_last_iterates_verdicts_the_last_digit_counts_also_where_x_is_wrong(self):
+        lines = [dict(clean=1, label=1, forwards=4, robust_at="101"),
+                 dict(clean=0, label=1, forwards=4, robust_at="011"),
+                 dict(clean=1, label=1, forwards=4, robust_at="110")]
+        counts = evaluate.tally(lines, steps=2)
+        self.assertEqual((counts["n_correct"], counts["n_robust"]), (2, 2))
+        self.assertEqual(counts["robust_after"], [2, 2, 2])
+
 
 class TestLedger(EvaluateCase):
     """A stopped evaluation goes on, a finished one answers, and no image counts twice."""
