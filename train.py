@@ -273,8 +273,8 @@ def check_data(args, images, members, held_out, n_steps, world):
     """SystemExit for flags that these images cannot satisfy."""
     batch_size = min(args.batch_size, len(members) // world * world)
     need(n_steps > 0 and batch_size // (world * args.accum) >= 2,
-         f"a batch of {batch_size} images in {world} processes x --accum {args.accum} has parts of fewer "
-         "than two, and BatchNorm needs two; use more images, or a larger --batch-size")
+         f"a batch of {batch_size} images in {world} processes x --accum {args.accum} has parts of "
+         "fewer than two, and BatchNorm needs two; use more images, or a larger --batch-size")
     need(len(held_out) > 0 or not args.early_stop, "--early-stop needs held-out images, and a tenth of "
          f"{min(images.n, args.limit or images.n)} is none; use more images")
 
