@@ -226,11 +226,13 @@ def load(path, device="cpu", num_classes=1000, **flags):
 
     num_classes: of a file without a run's args.json beside it. ValueError in the script's words.
     """
+    if not Path(path).exists():
+        raise ValueError(f"there is no {path}; give a run's folder or a file of weights")
     args = get_args(["--out" if Path(path).is_dir() else "--weights", str(path)])
     for name, value in flags.items():
         if name not in NETWORK_FLAGS:
             raise ValueError(f"load knows no {name}; use {', '.join(NETWORK_FLAGS)}")
-        setattr(args, name, value)
+        setattr(args, name, list(value) if isinstance(value, tuple) else value)
     try:
         run = find_run(args)
         net = open_net(run, len(run.classes or range(num_classes)), device)
@@ -542,7 +544,7 @@ def main():
 
     # The ledger's name changes with everything that can change a verdict
     # (not with batch size, workers, number of processes or --limit, which cannot)
-    digest = weights_hash(net)
+    digest = weights_hash(net.state_dict())
     code = code_digest()
     fingerprint = from_rank_0(images.fingerprint() if rank == 0 else None)
     network = (digest, run.arch, run.act, run.act_alpha, run.bn_eps, run.mean, run.std, run.small_input)
@@ -635,14 +637,15 @@ def main():
             of_training = ("seed", "epochs", "batch_size", "lr", "eps", "step_size", "steps",
                            "smooth_backward")
             report["train"] = {key: run.train_args.get(key) for key in of_training}
-        for line in report_lines(report):
-            say(line)
-        if earlier["n"] > counts["n"]:  # a look at fewer images does not replace it
-            say(f"{path} keeps its {earlier['n']} images")
-        elif not ledger.obstacle:
+        keeps_earlier = earlier["n"] > counts["n"]  # a look at fewer images does not replace it
+        if not keeps_earlier and not ledger.obstacle:
             write_json(path, report)
         if args.json:
             write_json(Path(args.json), report)
+        for line in report_lines(report):
+            say(line)
+        if keeps_earlier:
+            say(f"{path} keeps its {earlier['n']} images")
     if dist.is_initialized():
         dist.destroy_process_group()
 

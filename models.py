@@ -451,22 +451,25 @@ def load_file(path):
 
 
 def flatten(content, prefix=""):
-    """Dicts in dicts -> {dotted name: tensor}, without what is no tensor."""
+    """Dicts in dicts -> {dotted name: tensor}; of what is no tensor only a normalisation's numbers."""
     tensors = {}
     for name, value in content.items():
         if isinstance(value, dict):
             tensors |= flatten(value, f"{prefix}{name}.")
+        elif name in NORMALISATION and isinstance(value, (list, tuple)):
+            tensors[f"{prefix}{name}"] = torch.tensor(value)
         elif torch.is_tensor(value):
             tensors[f"{prefix}{name}"] = value
     return tensors
 
 
 def below(prefix, tensors, wanted):
-    """The tensors under a prefix, by their names without it; no counters that `wanted` does not have."""
+    """The tensors under a prefix, by their names without it, but for counters that `wanted` has not."""
     found = {}
     for whole_name, tensor in tensors.items():
         name = whole_name.removeprefix(prefix)
-        if whole_name.startswith(prefix) and (tensor.is_floating_point() or name in wanted):
+        is_counter = tensor.numel() == 1 or not tensor.is_floating_point()
+        if whole_name.startswith(prefix) and (name in wanted or not is_counter):
             found[name] = tensor
     return found
 
@@ -570,10 +573,10 @@ def load_weights(net, path):
     return sentence
 
 
-def weights_hash(net):
-    """A hex digest of all weights and buffers, the same on every device."""
+def weights_hash(state):
+    """A hex digest of all weights and buffers of a state dict, the same on every device."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]

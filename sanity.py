@@ -45,7 +45,7 @@ from attacks import (autoattack, cross_entropy, input_gradient, pgd, pgd_search,
                      uniform)
 from data import duration, say, show
 from evaluate import wilson
-from models import on_device, weights_hash
+from models import load_file, on_device, weights_hash
 from train import device_name, need, open_device, write_json
 
 # A trained net and its images
@@ -374,7 +374,7 @@ def report(args):
     surrogate = other_net(args.surrogate, run) if args.surrogate else None
     normal = other_net(args.normal, run) if args.normal else None
 
-    say(f"{run.weights} ({weights_hash(run.net)}): {run.arch} {run.act}, {run.n} of the "
+    say(f"{run.weights} ({weights_hash(run.net.state_dict())}): {run.arch} {run.act}, {run.n} of the "
         f"{run.images.n} images of {run.data}, eps {run.eps:g}, step {run.step_size:g}")
     rows = all_doubts(run, surrogate, normal)
     say(f"{'verdict':<7} {'doubt':<32} {'measured':<15} {'wanted':<15} why it matters")
@@ -397,7 +397,7 @@ def report(args):
 # Of a report: what has to agree for a comparison, what args.json says too, and what every report has
 SETTING = ("attack", "eps", "step_size", "steps", "restarts", "last_iterate", "seed", "smooth_backward",
            "dtype")
-NETWORK = ("arch", "act", "act_alpha")
+NETWORK = ("arch", "act", "act_alpha", "res")
 IN_REPORTS = {*SETTING, *NETWORK, "n", "n_correct", "n_robust", "hash", "ledger", "images", "code",
               "train"}
 
@@ -409,12 +409,14 @@ def time_of(path):
 def read_reports(paths):
     """Reports of evaluate.py -> [(path, namespace)], oldest first. Other files are named and left out.
 
-    So are, in a run's folder, reports on another network or on other weights than its newest report's.
+    So are, in a run's folder, reports on another network or resolution, or on other weights than its
+    model.pt, or where results hold no weights, than its newest report.
     """
     found = []
-    hashes = {}  # of each run's newest report
+    hashes = {}  # of the weights that the reports of a folder should be about
     for path in sorted(map(Path, paths), key=time_of, reverse=True):
         args_path = path.parent.parent / "args.json"
+        model = path.parent.parent / "model.pt"
         try:
             content = train.read_json(path)
             need(IN_REPORTS <= content.keys(), f"{path} is no report of evaluate.py")
@@ -424,9 +426,13 @@ def read_reports(paths):
                 for name in NETWORK:
                     need(content[name] == saved.get(name),
                          f"{path} is about {name} {content[name]}, the run has {saved.get(name)}")
-                newest = hashes.setdefault(args_path, report.hash)
-                need(report.hash == newest, f"{path} is about other weights than newer reports there")
-        except SystemExit as reason:
+                if path.parent not in hashes:
+                    hashes[path.parent] = report.hash
+                    if path.parent.name == "eval" and model.exists():
+                        hashes[path.parent] = weights_hash(load_file(model))
+                need(report.hash == hashes[path.parent],
+                     f"{path} is about other weights than {model}, or than newer reports there")
+        except (SystemExit, ValueError) as reason:
             say(f"left out: {reason}")
         else:
             found.insert(0, (path, report))

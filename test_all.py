@@ -861,6 +861,9 @@ class TestWeights(TemporaryFolder):
             "last.pt without average": ({"model": self.weights, "ema": None}, "taken from model$"),
             "twice the same": ({"model": self.weights, "copy": self.weights}, "taken from model$"),
             "normalisation beside": ({**norm, **under("model.")}, "from model, mean 0.5 .*, std 0.2"),
+            "normalisation as lists": ({"net": self.weights, "mean": [0.5] * 3, "std": [0.2] * 3},
+                                       "from net, mean 0.5 .*, std 0.2"),
+            "counters of a profiler": (self.weights | {"total_ops": torch.ones(1)}, "^$"),
             "Sequential": (of_sequential, "taken from 1, mean 0.5 .*, std 0.2"),
             "robustness": ({"model": of_robustness}, "module.model, mean 0.5 .*, std 0.2"),
         }
@@ -917,10 +920,10 @@ class TestWeights(TemporaryFolder):
         self.assertEqual(load_weights(self.net, self.root / "weights.pt"), "")
 
     def test_the_hash_changes_with_any_weight_or_buffer(self):
-        hashes = {weights_hash(self.net)}
+        hashes = {weights_hash(self.net.state_dict())}
         for tensor in (self.net.fc.bias, self.net.bn1.running_var):
             tensor.data[0] += 1e-3
-            hashes.add(weights_hash(self.net))
+            hashes.add(weights_hash(self.net.state_dict()))
         self.assertEqual(len(hashes), 3)
 
 
@@ -2744,7 +2747,7 @@ class TestRunFolder(TrainCase):
             ("", "holds a run .*--resume", {}),
             ("--resume --wd 4 --log-every 5",
              r"has --wd 0.0005 \(here 4.0\); --resume needs only --out", {}),
-            ("--resume --epochs 5", r"--epochs 3 \(here 5\).*--init .*model.pt and another --out", {}),
+            ("--resume --epochs 5", r"--epochs 3 \(here 5\).*another --out and --init .*model.pt", {}),
             ("--resume", "args.json is damaged", {"args.json": b'{"data": "sha'}),
             ("--resume", "last.pt is no checkpoint", {"last.pt": weights, "last.prev.pt": b""}),
             ("--resume", "not of the network in args.json", {"last.pt": other_network.getvalue()}),
@@ -3903,7 +3906,7 @@ def run_folder(root, name, clean, robust_at, seed=0, eps=8, images="pictures", c
     """
     folder = root / name
     (folder / "eval").mkdir(parents=True)
-    network = dict(arch="resnet8", act=name.split("-")[0], act_alpha=None)
+    network = dict(arch="resnet8", act=name.split("-")[0], act_alpha=None, res=32)
     (folder / "args.json").write_text(json.dumps(dict(network, seed=seed, out=name)))
     lines = [dict(kind="epoch", epoch=1, loss=9.0, error=0.9), dict(kind="step", epoch=2, loss=7.0),
              dict(kind="epoch", epoch=2, loss=1.0, error=0.5)]
@@ -4086,10 +4089,20 @@ class TestReports(TemporaryFolder):
             found = sanity.read_reports(paths)
         return [path.stem for path, _ in found], "\n".join(call.args[0] for call in say.call_args_list)
 
+    def test_reports_on_other_weights_than_model_pt_are_left_out_however_new_their_files_are(self):
+        weights = {"fc.weight": torch.ones(3)}
+        old, new = self.folder(dict(hash="old"), dict(eps=4, hash=weights_hash(weights)))
+        torch.save(weights, old.parent.parent / "model.pt")
+        os.utime(old)
+        found, text = self.read(old, new)
+        self.assertEqual(found, ["1"])
+        self.assertRegex(text, "0.json is about other weights than .*model.pt")
+
     def test_a_report_that_is_not_about_the_run_and_its_newest_weights_is_named_and_left_out(self):
         for changed, words in ((dict(act="relu"), "about act relu, the run has silu"),
                                (dict(act_alpha=2.0), "about act_alpha 2.0"),
                                (dict(arch="resnet20"), "about arch resnet20"),
+                               (dict(res=48), "about res 48, the run has 32"),
                                (dict(hash="old"), "about other weights")):
             with self.subTest(words):
                 self.root = self.root / "next"

@@ -514,7 +514,8 @@ class Run:
                 clauses.append(f"{words} in its data")
         need(not clauses,
              f"the run in {self.out} has {', '.join(clauses)}; --resume needs only --out. To "
-             f"train on from its weights, use --init {self.out / 'model.pt'} and another --out")
+             "train on from its weights, use another --out and --init "
+             f"{shlex.quote(str(self.out / 'model.pt'))}")
         try:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
