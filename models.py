@@ -440,7 +440,7 @@ def load_file(path):
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         if forbidden:
             raise ValueError(
-                f"{path} holds {forbidden[1]} beside its weights, and to read that can run code; if you "
+                f"{path} holds {forbidden[1]} beside its weights, and reading that can run code; if you "
                 "trust the file, write its weights alone into another, here those under 'state_dict': "
                 f"python -c \"import torch; torch.save(torch.load({str(path)!r}, weights_only=False)"
                 "['state_dict'], 'weights.pt')\"")
@@ -451,39 +451,44 @@ def load_file(path):
 
 
 def flatten(content, prefix=""):
-    """Dicts in dicts -> {dotted name: tensor}; of what is no tensor only a normalisation's numbers."""
+    """Dicts in dicts -> {dotted name: tensor}. All else is dropped, but for a normalisation's lists."""
     tensors = {}
     for name, value in content.items():
+        whole_name = f"{prefix}{name}"
         if isinstance(value, dict):
-            tensors |= flatten(value, f"{prefix}{name}.")
-        elif name in NORMALISATION and isinstance(value, (list, tuple)):
-            tensors[f"{prefix}{name}"] = torch.tensor(value)
+            tensors |= flatten(value, f"{whole_name}.")
         elif torch.is_tensor(value):
-            tensors[f"{prefix}{name}"] = value
+            tensors[whole_name] = value
+        elif name in NORMALISATION and isinstance(value, (list, tuple)):
+            tensors[whole_name] = torch.tensor(value)
     return tensors
 
 
+def shapes_of(tensors):
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def below(prefix, tensors, wanted):
-    """The tensors under a prefix, by their names without it, but for counters that `wanted` has not."""
+    """The tensors under a prefix, by their names without it, except counters that `wanted` lacks."""
     found = {}
     for whole_name, tensor in tensors.items():
         name = whole_name.removeprefix(prefix)
-        is_counter = tensor.numel() == 1 or not tensor.is_floating_point()
-        if whole_name.startswith(prefix) and (name in wanted or not is_counter):
+        is_weight = tensor.is_floating_point() and tensor.numel() != 1  # otherwise it is a counter
+        if whole_name.startswith(prefix) and (name in wanted or is_weight):
             found[name] = tensor
     return found
 
 
 def best_prefixes(tensors, wanted):
-    """The prefixes, such as "state_dict.module.", under which most tensors of `wanted` are."""
+    """The prefixes, such as "state_dict.module.", under which most of `wanted` is found, shapes too."""
     first_name = next(iter(wanted))
+    wanted_shapes = shapes_of(wanted)
     n_fitting = {"": 0}
     for whole_name in tensors:
         if whole_name.endswith(first_name):
             prefix = whole_name.removesuffix(first_name)
             found = below(prefix, tensors, wanted)
-            fits = [name in found and found[name].shape == wanted[name].shape for name in wanted]
-            n_fitting[prefix] = sum(fits)
+            n_fitting[prefix] = len(shapes_of(found).items() & wanted_shapes.items())
     most = max(n_fitting.values())
     return [prefix for prefix in n_fitting if n_fitting[prefix] == most]
 
@@ -491,15 +496,17 @@ def best_prefixes(tensors, wanted):
 def read_state_dict(path, wanted):
     """What a file holds for a network whose state dict is `wanted` -> {name: tensor}, sentence.
 
-    The weights are where most of `wanted` fits, whatever the keys and prefixes before their names. Where
-    an average lies beside the raw weights it is taken. A normalisation is returned as "mean" and "std",
+    The weights are where most of `wanted` fits, whatever keys and prefixes come before their names. An
+    average is preferred to the raw weights beside it. A normalisation is returned as "mean" and "std",
     (3, 1, 1). The sentence says what was taken; it is "" for a plain state dict. ValueError if the file
-    holds no weights, several that fit and differ, or one that is not finite.
+    holds no weights, several sets that fit equally well and differ, or a weight that is not finite.
     """
     content = load_file(path)
+    if not isinstance(content, dict):
+        content = {}  # is refused below
     tensors = {}
     normalisation = {}
-    for name, tensor in flatten(content if isinstance(content, dict) else {}).items():
+    for name, tensor in flatten(content).items():
         last_word = name.rpartition(".")[2].strip("_")
         if last_word in NORMALISATION and tensor.numel() == 3:
             normalisation[NORMALISATION[last_word]] = tensor.float().view(3, 1, 1)
@@ -514,12 +521,10 @@ def read_state_dict(path, wanted):
     prefix = candidates[0]
     found = below(prefix, tensors, wanted)
     for other in candidates[1:]:
-        found_there = below(other, tensors, wanted)
-        same = [name in found and found[name].float().equal(tensor.float())
-                for name, tensor in found_there.items()]
-        if not all(same):
-            raise ValueError(f"{path} holds several networks that fit, {prefix[:-1]} and {other[:-1]}; "
-                             "save the one to use in a file of its own")
+        for name, tensor in below(other, tensors, wanted).items():
+            if name not in found or not found[name].float().equal(tensor.float()):
+                raise ValueError(f"{path} holds several networks that fit, {prefix[:-1]} and "
+                                 f"{other[:-1]}; save the one to use in a file of its own")
     for name, tensor in found.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} is not finite; give weights from before training diverged")
@@ -527,10 +532,10 @@ def read_state_dict(path, wanted):
     said = []
     if prefix:
         said.append(f"weights taken from {prefix[:-1]}")
-    if len(averages) < len(prefixes) and averages:
+    if candidates != prefixes:
         said.append("an average that lies beside the raw ones")
     for name, values in normalisation.items():
-        numbers = [f"{value:g}" for value in values.flatten().tolist()]
+        numbers = [f"{value:g}" for value in values.flatten()]
         said.append(f"{name} {' '.join(numbers)}")
     sentence = f"{path}: {', '.join(said)}" if said else ""
     return found | normalisation, sentence
@@ -545,29 +550,29 @@ def load_weights(net, path):
     found, sentence = read_state_dict(path, wanted)
     mean = found.pop("mean", net.mean)
     std = found.pop("std", net.std)
+    for name, tensor in wanted.items():
+        if not tensor.is_floating_point():  # a counter: one that the file lacks stays as it is
+            found.setdefault(name, tensor)
+
+    in_net = shapes_of(wanted)
+    in_file = shapes_of(found)
     differ = []
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
-            fits = not wanted[name].is_floating_point()
-        else:
-            fits = name in wanted and found[name].shape == wanted[name].shape
-        if not fits:
+    for name in sorted(in_net | in_file):
+        if in_net.get(name) != in_file.get(name):
             differ.append(name)
     last = list(wanted)[-1]  # the bias of the last layer
-    if last in found and len(differ) == 2 and last in differ:
+    if len(differ) == 2 and last in differ and last in found:
         n_file = len(found[last])
         n_net = len(wanted[last])
         raise ValueError(f"{path} tells {n_file} classes apart and the data has {n_net}; give it data "
                          f"of its {n_file} classes, or train on the {n_net}, starting from this file")
     if differ:
         name = differ[0]
-        in_file = tuple(found[name].shape) if name in found else "absent"
-        in_net = tuple(wanted[name].shape) if name in wanted else "absent"
         raise ValueError(
             f"{path} does not fit this network: {len(differ)} of its tensors differ, e.g. {name}, "
-            f"{in_file} in the file and {in_net} in the network; name the network, the curve and the "
-            "data that it was trained with")
-    net.load_state_dict(found, strict=False)
+            f"{in_file.get(name, 'absent')} in the file and {in_net.get(name, 'absent')} in the "
+            "network; name the network, the curve and the data that it was trained with")
+    net.load_state_dict(found)
     net.mean.copy_(mean)
     net.std.copy_(std)
     return sentence
