@@ -73,8 +73,8 @@ def last_iterates(net, index, x, y, eps, step_size, steps):
 def open_run(args, limit):
     """The trained net that the flags name, and its test images -> a namespace.
 
-    It is that of `evaluate.find_run`, and has besides: net, device, images; batches of (index, x, y), n
-    images in all, --limit or `limit`; eps and step_size in 1/255, steps; and out, the weights' folder.
+    Adds to the namespace of `evaluate.find_run`: device, images, net; batches of (index, x, y) with n
+    images in all (--limit, or else `limit`); eps, step_size in 1/255; steps; out, the weights' folder.
     """
     train.warn_small_eps(args)
     run = evaluate.find_run(args)
@@ -150,7 +150,7 @@ class Doubt(NamedTuple):
     bound: str  # "at most" or "at least" `warn`
     warn: float
     fail: float
-    why: str  # it matters
+    why: str  # why it matters
     skip: str = "no image is right"  # the reason, where there is no image to judge
 
     def judged(self, hit):
@@ -182,7 +182,7 @@ class Curve(NamedTuple):
 
 # The doubts about one batch, by topic. Their bounds are our judgement: the robust net of
 # results/shapes-report.log is within them, the overfitted one of results/shapes-early-stop-report.log is
-# not. Indexing by [right] makes a share one of the images that the net gets right
+# not. [right] makes it a share of the images that the net gets right; all others are of all images
 
 STEPS = 200  # of the PGD that is doubted
 MARKS = (0, 1, 5, 10, 20, 50, 100, STEPS)  # iterations to report
@@ -212,7 +212,7 @@ def doubts_about_the_model(net, x, y):
     from_one = (logits.sum(1) - 1).abs()
     is_softmax = is_positive & (from_one < 1e-4)
     yield not_finite | is_softmax, Doubt(
-        "outputs are no logits", "at most", warn=0.02, fail=0.1,
+        "outputs are not logits", "at most", warn=0.02, fail=0.1,
         why="NaN, or a softmax, which flattens the loss")
 
     def loss(logits):
@@ -271,7 +271,7 @@ def doubts_about_the_radius(run, index, x, y, right):
     """Is no image robust at a huge eps (SAT Sec. 6)?"""
     columns = []
     for eps in RADII:
-        # All steps together go 2.5 radii (Madry et al. 2018), or more, as no step is below 1
+        # Steps add up to at least 2.5 radii (Madry et al. 2018); none is shorter than 1/255
         step_size = max(1, 2.5 * eps / RADII_STEPS)
         _, report = search(run.net, index, x, y, eps=eps, step_size=step_size, steps=RADII_STEPS)
         columns.append(report["robust"])
@@ -283,11 +283,13 @@ def doubts_about_the_radius(run, index, x, y, right):
 def doubts_from_other_attacks(run, index, x, y, robust):
     """Do other attacks find what PGD has missed (CA)? robust (N,) bool: to PGD-200.
 
-    They try the robust images only, but the shares are of all: 1% is a point of robust accuracy.
+    Only robust images are attacked, but shares are of all images: 1% is one point of robust accuracy.
     """
     def of_all(hit):
         """hit, one bool for each robust image -> (N,) bool."""
-        return torch.zeros_like(robust).masked_scatter(robust, hit)
+        whole = torch.zeros_like(robust)
+        whole[robust] = hit
+        return whole
 
     _, again = search(run.net, index[robust], x[robust], y[robust], eps=run.eps,
                       step_size=run.step_size, steps=20, restarts=4, seed=1)
@@ -296,10 +298,10 @@ def doubts_from_other_attacks(run, index, x, y, robust):
 
     _, report = autoattack(
         run.net, x[robust], y[robust], eps=run.eps / 255, index=index[robust],
-        attacks=("apgd-ce", "square"), queries=1000)  # of 5,000: enough to find masked gradients
-    fooled_by = np.array(report["fooled_by"], dtype=object)
-    by_apgd = torch.from_numpy(fooled_by == "apgd-ce").to(y.device)
-    by_square = torch.from_numpy(fooled_by == "square").to(y.device)
+        attacks=("apgd-ce", "square"), queries=1000)  # 5,000 by default; 1,000 find masked gradients
+    fooled_by = report["fooled_by"]  # for each image an attack's name, or None
+    by_apgd = torch.tensor([name == "apgd-ce" for name in fooled_by], dtype=torch.bool, device=y.device)
+    by_square = torch.tensor([name == "square" for name in fooled_by], dtype=torch.bool, device=y.device)
     yield of_all(by_apgd), Doubt(
         "robust, but not to APGD", "at most", warn=0.05, fail=0.15,
         why="PGD stops short; quote AutoAttack")
@@ -310,11 +312,11 @@ def doubts_from_other_attacks(run, index, x, y, robust):
 
 def doubts_from_other_nets(run, index, x, y, robust, surrogate, normal):
     """Does a second net's attack find what PGD has missed, and does PGD fool a normal net (CA)?"""
-    moved = robust[:0]  # no images: SKIP
+    fooled = robust[:0]  # empty, so the verdict is SKIP
     if surrogate is not None:
         x_adv = last_iterates(surrogate, index, x, y, eps=run.eps, step_size=run.step_size, steps=50)
-        moved = robust & (predict(logits_of(run.net, x_adv)) != y)
-    yield moved, Doubt(
+        fooled = robust & (predict(logits_of(run.net, x_adv)) != y)
+    yield fooled, Doubt(
         "robust, but not to transfer", "at most", warn=0.03, fail=0.1,
         why="the net masks its own gradient", skip="--surrogate names no second net")
 
@@ -394,7 +396,7 @@ def report(args):
 
 # What runs have written: reports and logs
 
-# Of a report: what has to agree for a comparison, what args.json says too, and what every report has
+# Fields of a report: equal in all runs of a comparison; recorded in args.json too; in every report
 SETTING = ("attack", "eps", "step_size", "steps", "restarts", "last_iterate", "seed", "smooth_backward",
            "dtype")
 NETWORK = ("arch", "act", "act_alpha", "res")
@@ -407,10 +409,11 @@ def time_of(path):
 
 
 def read_reports(paths):
-    """Reports of evaluate.py -> [(path, namespace)], oldest first. Other files are named and left out.
+    """Reports of evaluate.py -> [(path, namespace)], oldest first. Other files are left out and named.
 
-    So are, in a run's folder, reports on another network or resolution, or on other weights than its
-    model.pt, or where results hold no weights, than its newest report.
+    So is a report in a run's folder if its network, resolution or weights are not the run's: those of
+    args.json and model.pt. Without a model.pt, as below results/, the weights of its newest report
+    count.
     """
     found = []
     hashes = {}  # of the weights that the reports of a folder should be about
@@ -428,6 +431,7 @@ def read_reports(paths):
                          f"{path} is about {name} {content[name]}, the run has {saved.get(name)}")
                 if path.parent not in hashes:
                     hashes[path.parent] = report.hash
+                    # eval/ is about model.pt; eval-NAME/ is about another file of weights
                     if path.parent.name == "eval" and model.exists():
                         hashes[path.parent] = weights_hash(load_file(model))
                 need(report.hash == hashes[path.parent],
@@ -691,23 +695,25 @@ def compare_setting(pairs, setting):
     return rows
 
 
+def last_value(run, field, unit):
+    """A field of a run's log in its last epoch."""
+    _, value = points_of(read_log(run.folder), "epoch", field, unit)[-1]
+    return value
+
+
 def compare_training(pairs):
     """The mean training loss and error (%) of both sides in the last epoch -> rows."""
-    def last_of(run):
-        _, value = points_of(read_log(run.folder), "epoch", what, unit)[-1]
-        return value
-
     rows = []
     for what, unit in (("loss", 1), ("error", 100)):
-        new = np.mean([last_of(run) for run, _ in pairs])
-        old = np.mean([last_of(run) for _, run in pairs])
+        new = np.mean([last_value(run, what, unit) for run, _ in pairs])
+        old = np.mean([last_value(run, what, unit) for _, run in pairs])
         rows.append(SimpleNamespace(what=what, new=new, old=old, difference=new - old))
     return rows
 
 
 def flags_that_differ(pairs):
     """The flags of training that are not the same in all runs -> ["act: silu | relu"]."""
-    # These may differ between two runs of one method; of the flags in train.FREE, --init may not
+    # Flags that may differ between two runs of one method. --init is in train.FREE, but matters here
     ignored = {*train.FREE, "seed", "commit", "processes", "python", "torch", "torchvision"} - {"init"}
     names = {name for pair in pairs for run in pair for name in run.args} - ignored
     differ = []
@@ -823,7 +829,7 @@ def size_of_data(flags):
     except SystemExit:
         if flags.data != "imagenet" or flags.data_dir is not None:
             raise
-        say(f"no images in data/imagenet; the run is one of ImageNet's {IMAGENET_IMAGES} all the same")
+        say(f"no images in data/imagenet; assuming the {IMAGENET_IMAGES} training images of ImageNet")
         return IMAGENET_IMAGES, 1000
     return images.n, len(images.classes)
 
@@ -966,7 +972,7 @@ class Figure:
             self.pen.line(pixels_of(piece), colour, SCALE * width, joint="curve")
 
     def marker(self, point, colour, shape=MARKERS[0], radius=4):
-        """A marker around a point, with a white halo that parts it from what it covers."""
+        """A marker around a point, with a white halo that separates it from what it covers."""
         n_corners, turn, size = shape
         for reach, fill in ((radius * size + 1.5, "white"), (radius * size, colour)):
             circle = (pixels_of(point), SCALE * reach)
@@ -1156,7 +1162,7 @@ def scatter(args):
             colour, _, _ = style(names.index(name))
             fig.line(place(clean, robust[1]), colour)
             fig.line(place(clean[1], robust), colour)
-        for name, clean, robust in nets:  # all markers lie on all crosses
+        for name, clean, robust in nets:  # after all crosses, so that none covers a marker
             colour, _, shape = style(names.index(name))
             fig.marker(place(clean[1], robust[1]), colour, shape, 5)
     fig.legend(names, lines=False)
@@ -1225,7 +1231,7 @@ def forest(args):
 def heat_map(fig, box, z, ends):
     """z (n, n), its first index to the right, its second upwards, in bands of one colour each."""
     picture = z.T[::-1].astype(np.float32)  # a picture's first index is its row, counted from above
-    inner = (0.5, 0.5, len(z) - 0.5, len(z) - 0.5)  # from the middle of the first to that of the last
+    inner = (0.5, 0.5, len(z) - 0.5, len(z) - 0.5)  # the outer pixels' centres become the edges
     fine = np.asarray(Image.fromarray(picture).resize((1024, 1024), Image.BILINEAR, inner))
     levels = ticks(ends, 15)
     bands = np.digitize(fine, levels)

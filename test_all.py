@@ -3822,7 +3822,7 @@ class TestReport(TemporaryFolder):
             "quantized": (Straight(before=quantized), blind),
             "random": (Straight(after=noisy),
                        ["two calls differ", "loss rises all the way to x_adv"]),
-            "softmax": (Straight(after=nn.Softmax(1)), ["outputs are no logits"]),
+            "softmax": (Straight(after=nn.Softmax(1)), ["outputs are not logits"]),
         }
         for name, (net, doubts) in cases.items():
             with self.subTest(name):

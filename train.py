@@ -59,11 +59,11 @@ from models import (MEAN, MODELS, STD, attacker_view, build, in_precision, load_
 # --data picks the defaults of all other flags
 RECIPES = {
     # SAT Sec. 3.1: 100 epochs, x0.1 at 30, 60 and 90, weight decay 1e-4, PGD-1 with eps 4 and step 4;
-    # weights and decay start and act as in the released code
+    # initial weights and weight decay as in the released code
     "imagenet": dict(arch="resnet50", act="silu", epochs=100, schedule="step", batch_size=1024, wd=1e-4,
                      initial="sat", decay="weights", eps=4, step_size=4, holdout=10000, val_every=1,
                      log_every=50),
-    # SAT Sec. 7 names network and attack; the schedule is Wong et al. 2020's (arXiv:2001.03994). With
+    # SAT Sec. 7 names network and attack; the schedule is near Wong et al.'s (arXiv:2001.03994). With
     # the initial weights of ImageNet the first epochs stay at chance (results/recipes.log)
     "cifar10": dict(arch="resnet18", act="silu", epochs=15, schedule="onecycle", batch_size=128, lr=0.2,
                     wd=5e-4, initial="torch", decay="all", eps=8, step_size=8, holdout=1000, val_every=5,
@@ -80,7 +80,7 @@ RUN_FILES = ("args.json", "log.txt", "log.jsonl", "model.pt", "best.pt", "last.p
 # images below --data-dir are compared by their names)
 FREE = ("out", "resume", "init", "workers", "device", "compile", "log_every", "save_every", "download",
         "data_dir")
-PLACE = ("out", "resume", "device", "download")  # of this process, never taken from args.json
+THIS_PROCESS = ("out", "resume", "device", "download")  # never taken from args.json
 
 # Newer versions of torch warn about arguments that the oldest one we support needs, and about the layout
 # of 1x1 convolutions' gradients in DDP, which costs nothing
@@ -88,10 +88,6 @@ warnings.filterwarnings("ignore", message=".*broadcast_buffers.*|.*barrier.*|.*G
 
 
 # Flags
-
-MAY_BE_0 = ("holdout", "save_every", "warmup_epochs", "wd", "eps", "step_size", "steps", "workers",
-            "seed")
-
 
 def get_args(argv=None):
     recipes = [f"  {name}: {recipe}" for name, recipe in RECIPES.items()]
@@ -109,7 +105,7 @@ def get_args(argv=None):
     p.add_argument("--out", default="out", help="the run's folder")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, or start it")
     p.add_argument("--init", help="start from the weights in this file, torchvision's too")
-    p.add_argument("--save-every", type=float, default=10, help="minutes between saves; 0: every step")
+    p.add_argument("--save-every", type=float, default=10, help="minutes between saves")
     # network
     p.add_argument("--arch", choices=MODELS, metavar="ARCH", help=", ".join(MODELS))
     p.add_argument("--act", choices=ACTIVATIONS, metavar="ACT", help=", ".join(ACTIVATIONS))
@@ -166,10 +162,12 @@ def get_args(argv=None):
     args_file = Path(first.out) / "args.json"
     if first.resume and args_file.exists():
         saved = read_json(args_file)
-        p.set_defaults(**{name: saved[name] for name in vars(first).keys() & saved.keys() - PLACE})
+        for name in vars(first):
+            if name in saved and name not in THIS_PROCESS:
+                p.set_defaults(**{name: saved[name]})
     args = p.parse_args(argv)
 
-    # What is still open depends on other flags
+    # Defaults that depend on other flags
     if args.res is None:
         args.res = data.DATA_SETS[args.data].res or MODELS[args.arch].res
     if args.lr is None:
@@ -226,7 +224,8 @@ def check_numbers(args):
             continue
         if name in ("dropout", "stochastic_depth", "label_smoothing", "clean_start"):
             need(0 <= value <= 1, f"{flag(name)} {value} is not a fraction; use 0 to 1")
-        elif name in MAY_BE_0:
+        elif name in ("holdout", "save_every", "warmup_epochs", "wd", "eps", "step_size", "steps",
+                      "workers", "seed"):
             need(0 <= value < math.inf, f"{flag(name)} {value} is out of range; use 0 or more")
         else:
             need(0 < value < math.inf, f"{flag(name)} {value} is out of range; use more than 0")
@@ -276,11 +275,11 @@ def check_data(args, images, members, held_out, n_steps, world):
          f"a batch of {batch_size} images in {world} processes x --accum {args.accum} has parts of "
          "fewer than two, and BatchNorm needs two; use more images, or a larger --batch-size")
     need(len(held_out) > 0 or not args.early_stop, "--early-stop needs held-out images, and a tenth of "
-         f"{min(images.n, args.limit or images.n)} is none; use more images")
+         f"{min(images.n, args.limit or images.n)} rounds to 0; use more images")
 
 
 def contradictions(saved, given):
-    """Where flags that were typed, {name: value or None}, differ from a run's args.json -> clauses."""
+    """Where given flags, {name: value, None if open}, differ from a run's args.json -> clauses."""
     clauses = []
     for name, value in given.items():
         if value is not None and saved.get(name) != value:
@@ -358,10 +357,10 @@ def read_json(path):
 
 
 def write_file(path, write, previous=None):
-    """`data.write_whole`. SystemExit where the disk is full or read-only."""
+    """Write a file whole or not at all. SystemExit where the disk is full or read-only."""
     try:
         write_whole(path, write, previous)
-    except (OSError, RuntimeError) as error:  # torch's own when a disk is full
+    except (OSError, RuntimeError) as error:  # the latter is torch's on a full disk
         why = getattr(error, "strerror", None) or "torch stopped in the middle"
         raise SystemExit(f"cannot write {path} ({why}): is the disk full? What was written before is "
                          "whole; make room, then go on with --resume or the same command")
@@ -385,7 +384,7 @@ class Progress:
     best: float = -1.0  # held-out robust accuracy
     best_epoch: int = 0
     ended: str = ""  # why, if it ended early
-    sums: tuple = (0.0, 0.0, 0.0)  # this epoch's batch_sums, over all ranks
+    sums: tuple = (0.0, 0.0, 0.0)  # loss, errors and images of this epoch, over all ranks
     world: int = 1
 
 
@@ -431,7 +430,7 @@ class Run:
                              "then go on with --resume")
 
     def log_step(self, name, progress, n_steps, sums, lr, seconds, waiting, eta):
-        """The line of a step: means since the line before, from their sums (batch_sums) and seconds."""
+        """A step's log line: means since the last one, from sums (batch_sums) and seconds."""
         loss_sum, n_errors, n_seen = sums.tolist()
         loss = loss_sum / n_seen
         error = n_errors / n_seen
@@ -460,7 +459,8 @@ class Run:
     def save(self, name, content, previous=None):
         """Tensors and plain Python, by rank 0."""
         if self.rank == 0:
-            previous = previous and self.out / previous
+            if previous is not None:
+                previous = self.out / previous
             write_file(self.out / name, partial(torch.save, content), previous)
 
     def save_checkpoint(self, parts, progress):
@@ -501,7 +501,7 @@ class Run:
     def resume(self, args, facts, parts):
         """Load the last checkpoint into the parts -> Progress; None if there is none to go on from.
 
-        SystemExit if it is of other flags or other data. facts: what args.json holds beside the flags.
+        SystemExit if it was made with other flags or data. facts: what args.json holds beside the flags.
         """
         state = self.checkpoint()
         if state is None:
@@ -524,7 +524,7 @@ class Run:
                              "--out")
         for p, moments in parts["optimizer"].state.items():
             for name, value in moments.items():
-                # Not as it was saved: the strides of a CPU's tensors differ from a GPU's
+                # The values, not the saved memory layout: a CPU's strides differ from a GPU's
                 if torch.is_tensor(value) and value.shape == p.shape:
                     moments[name] = torch.empty_like(p).copy_(value)
         progress = Progress(**{name: state[name] for name in vars(Progress())})
@@ -534,7 +534,7 @@ class Run:
         return progress
 
     def command(self, world):
-        """What goes on with this run, ready to paste."""
+        """The command that resumes this run, ready to paste."""
         start = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
         return f"{start} train.py --resume --out {shlex.quote(str(self.out))}"
 
@@ -616,7 +616,7 @@ def make_views(net, args, device, world=1, kept=None):
     """Three models; the first two share net's storage, which may not move from here on.
 
     attack_model  the attacker's view: its backward pass computes no weight gradient, even compiled, so
-                  an attack step costs 2 forwards instead of 3; outside DDP
+                  an attack step costs as much as 2 forward passes, not 3; outside DDP
     train_model   net itself, in DDP where there are several processes
     val_model     a frozen view of `kept`, which is validated: net, or with --ema its average
     """
@@ -637,7 +637,7 @@ def make_views(net, args, device, world=1, kept=None):
 
 
 def compiled(net, graphs):
-    """net, compiled; with CUDA graphs what a call returns holds until the next call only."""
+    """net, compiled; with CUDA graphs an output is valid only until the next call."""
     if not graphs:
         return torch.compile(net, dynamic=False)
     replay = torch.compile(net, dynamic=False, mode="reduce-overhead")
@@ -651,8 +651,8 @@ def compiled(net, graphs):
 def check_compiled(args, net, attack_model, x, y):
     """SystemExit if the compiled attack and the eager one disagree about the gradient of a batch.
 
-    Compilers were wrong silently (torch 2.11: SmoothReLU's gradient was 0; bf16 on a CPU: NaN). Nothing
-    of the run moves: a view has no statistics and draws no numbers, and the batch has the step's shape.
+    Compilers have been silently wrong (torch 2.11: SmoothReLU's gradient was 0; bf16 on a CPU: NaN). The
+    check leaves the run unchanged: the view updates no statistics and draws no random numbers.
     """
     if args.steps == 0:
         return
@@ -663,14 +663,15 @@ def check_compiled(args, net, attack_model, x, y):
 
     x = x.tensor_split(args.accum)[0]
     y = y.tensor_split(args.accum)[0]
-    for _ in range(2):  # a CUDA graph warms up, then records; the third call is the first replay
+    # A CUDA graph warms up, then records; the third call is the first replay, here of other images
+    for _ in range(2):
         gradient(attack_model, x.flip(0), y.flip(0))
     grad = gradient(attack_model, x, y)[:8]
     eager_model = in_precision(attack_view(net, args), args.dtype, x.device)
     eager = gradient(eager_model, x[:8], y[:8])
     cosine = F.cosine_similarity(grad, eager)
-    agree = (cosine > 0.9) | (grad == eager).all(1)  # both may be 0
-    need(agree.all(), f"the compiled network's gradient is wrong (its cosine with the eager one is "
+    is_right = (cosine > 0.9) | (grad == eager).all(1)  # both may be 0
+    need(is_right.all(), f"the compiled network's gradient is wrong (its cosine with the eager one is "
          f"{cosine.min():.2f}, torch {torch.__version__}); go on with --resume --no-compile")
 
 
@@ -748,7 +749,7 @@ def finite_sums(sums, net, progress, lr, out):
 def validate(args, model, images, held_out, workers, device, rank, world):
     """PGD-10 (step eps / 4, last iterate) on the held-out images -> n, n_correct, n_robust of all ranks.
 
-    The starts belong to the images: every epoch attacks from the same ones.
+    Each image has its own fixed start, the same in every epoch.
     """
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     own = held_out[rank::world]
@@ -771,14 +772,15 @@ def make_optimizer(args, net, device):
     """SGD with momentum (SAT Sec. 3.1) -> optimizer, and the scaler that float16 needs."""
     optimizer = torch.optim.SGD(parameter_groups(net, args.wd, args.decay), args.lr, momentum=0.9,
                                 nesterov=args.nesterov, fused=device.type == "cuda")
-    for p in net.parameters():  # not left to the first step: if float16 skips it, fused SGD's is garbage
+    # Made here: if float16 skips the first step, fused SGD would read uninitialised memory
+    for p in net.parameters():
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     return optimizer, scaler
 
 
 def lr_at(args, epoch, step, n_steps):
-    """This step's learning rate: warm-up, then x0.1 at 30, 60 and 90% (SAT Sec. 3.1), or a line to 0."""
+    """This step's learning rate: warm-up, then x0.1 at 30, 60, 90% (SAT Sec. 3.1) or linearly to 0."""
     now = epoch + step / n_steps
     warmup = 1.0
     if args.warmup_epochs > 0:
@@ -813,7 +815,7 @@ def update(args, attack_model, train_model, optimizer, scaler, x, y):
     x_parts = x.tensor_split(args.accum)
     y_parts = y.tensor_split(args.accum)
     for number, (x_part, y_part) in enumerate(zip(x_parts, y_parts)):
-        x_adv = attack(args, attack_model, x_part, y_part)  # as x_part
+        x_adv = attack(args, attack_model, x_part, y_part)  # (n, 3, H, W)
         if isinstance(train_model, DistributedDataParallel):  # summed over the ranks once
             train_model.require_backward_grad_sync = number + 1 == args.accum
         with precision(args.dtype, x.device):
@@ -845,7 +847,7 @@ def main():
     check_data(args, images, members, held_out, n_steps, world)
     workers = data.loader_workers(args.workers, images, world)
 
-    # The network, whose first weights the seed alone decides, and the models made of it
+    # The network (its first weights depend on the seed alone) and the models made of it
     torch.manual_seed(args.seed)
     with sentences():
         net = on_device(network(args, len(images.classes)), device)
@@ -865,7 +867,8 @@ def main():
     progress = run.resume(args, facts, parts) if args.resume else None
     if progress is None:
         taken = init_from(net, args.init) if args.init else ""
-        kept_net.load_state_dict(net.state_dict())
+        if args.ema:
+            kept_net.load_state_dict(net.state_dict())
         progress = run.begin(args, facts, parts, world)
         if taken:
             run.log(taken)
@@ -973,7 +976,7 @@ def main():
             run.save_checkpoint(parts, progress)
 
     took = duration(time.monotonic() - began)
-    run.log(progress.ended or f"finished epoch {progress.epoch} after {took}")
+    run.log(progress.ended or f"finished epoch {progress.epoch} after {took} of this process")
     run.log(f"measure it on the test set with python evaluate.py --out {shlex.quote(args.out)}")
     if dist.is_initialized():
         dist.destroy_process_group()
