@@ -81,6 +81,9 @@ def check_arguments(model, x, y, eps, step_size=0.0, steps=0, restarts=1, querie
         if isinstance(net, nn.Module) and any(module.training for module in net.modules()):
             raise ValueError("the model is in train mode, where images change each other; "
                              "call model.eval()")
+    for name, value in (("images", x), ("labels", y)):
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} are a {type(value).__name__}; attacks need a torch.Tensor")
     if x.ndim != 4 or x.dtype != torch.float32:
         raise ValueError(f"images are {tuple(x.shape)} {x.dtype}; attacks need (N, C, H, W) "
                          "torch.float32 in [0, 1]; of bytes, x.float() / 255")

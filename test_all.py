@@ -1788,6 +1788,7 @@ class TestRefusals(TensorCase):
                 (every, "float64; attacks need .*float32", {"x": x.double()}),
                 (every, r"uint8; attacks need .*x.float\(\) / 255", {"x": x.byte()}),
                 (every, r"need \(N, C, H, W\)", {"x": x[0]}),
+                (searches, "images are a list; .* torch.Tensor", {"x": x.tolist()}),
                 (every, r"int32; attacks need \(6,\) torch.int64", {"y": y.int()}),
                 (every, r"\(5,\) .*; attacks need \(6,\)", {"y": y[:5]}),
                 (starts, "labels run from . to 2; .* 2 classes", {"y": y + 2 - y.amax()}),

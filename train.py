@@ -987,3 +987,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         raise SystemExit("stopped before the first step")
+    except RuntimeError as error:  # torch raises it wherever the process is when a worker dies
+        if "DataLoader worker" not in str(error):
+            raise
+        raise SystemExit(f"{error}; is there enough memory? Use fewer --workers")
