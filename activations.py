@@ -1,7 +1,7 @@
 """
 The curves of Smooth Adversarial Training (SAT, arXiv:2006.14536), and ReLU with a smooth gradient.
 
-See each curve, its derivative and what it costs:
+See each curve and its derivative:
 $ python sanity.py activations
 Use one:
 >>> act = make_act("silu")  # a fresh module for one site of one network
