@@ -22,7 +22,6 @@ import fcntl
 import inspect
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -32,8 +31,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave a busy machine alone
 
 import torch
 import torch.distributed as dist

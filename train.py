@@ -40,8 +40,6 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave a busy machine alone
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
