@@ -3065,8 +3065,12 @@ def run_two_ranks(folder, *more):
     image_folder(folder / "pictures", split="val")
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     command = [sys.executable, *torchrun, __file__, "two-ranks", str(folder), *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
-    assert done.returncode == 0, done.stderr[-3000:]  # what the ranks assert is there too
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            _, errors = process.communicate(timeout=3600)  # a limit for a hang, not for a slow machine
+        finally:
+            process.terminate()  # torchrun then ends its processes
+    assert process.returncode == 0, errors[-3000:]  # what the ranks assert is there too
 
 
 class TestTwoRanks(TemporaryFolder):
