@@ -3065,7 +3065,8 @@ def run_two_ranks(folder, *more):
     image_folder(folder / "pictures", split="val")
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     command = [sys.executable, *torchrun, __file__, "two-ranks", str(folder), *more]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **quiet) as process:
         try:
             _, errors = process.communicate(timeout=3600)  # a limit for a hang, not for a slow machine
         finally:
