@@ -4491,7 +4491,8 @@ def a_gpu_run():
     return finished_run(*GPU_RUN)
 
 
-@unittest.skipUnless(ON_GPU, "about a GPU: python test_all.py gpu, on a machine that has one")
+@unittest.skipUnless(ON_GPU and torch.cuda.is_available(),
+                     "about a GPU: python test_all.py gpu, on a machine that has one")
 class TestGPU(TrainCase):
     def train_on_gpu(self, text=""):
         return quietly(train.main, *GPU_RUN, "--out", self.out, *text.split())
