@@ -52,7 +52,7 @@ class SmoothReLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, alpha):
         ctx.save_for_backward(x, alpha)
-        r = F.relu(x).to(alpha.dtype)  # at least float32: float16 overflows at alpha * x = 400 * 164
+        r = F.relu(x).to(alpha.dtype)  # float32 or more (SmoothReLU.alpha): alpha * x overflows float16
         return r - torch.log1p(alpha * r) / alpha
 
     @staticmethod
@@ -82,8 +82,8 @@ class SmoothReLU(nn.Module):
 
     def forward(self, x):
         value = SmoothReLUFunction.apply(x, self.alpha)
-        # Not inside the Function: where a cast that changes nothing ends it, as it would in float32,
-        # torch 2.11 compiles its gradient to 0
+        # The cast stays outside the Function: torch 2.11 compiles the gradient of a Function to 0 if its
+        # last operation is a cast that does nothing, as this one is in float32
         return value.to(x.dtype)
 
     def extra_repr(self):
@@ -91,21 +91,21 @@ class SmoothReLU(nn.Module):
 
 
 class CentredSoftplus(nn.Module):
-    """Softplus - log 2, 0 at 0: it trains from the start where Softplus stalls (results/recipes.log)."""
+    """Softplus - log 2, 0 at 0: it trains from the first epoch on, where Softplus stalls.
+
+    The numbers are in results/recipes.log.
+    """
 
     def forward(self, x):
-        return F.softplus(x, threshold=40) - math.log(2)
+        return F.softplus(x) - math.log(2)
 
-
-# Where beta * x > threshold, torch's softplus returns x itself; the default, 20, makes a jump of 2e-9
-Softplus = partial(nn.Softplus, threshold=40)
 
 # A new curve is a class here and, if it has an alpha, its default below
 ACTIVATIONS = {
     "relu": ReLU,
-    "softplus": Softplus,  # Sec. 4.1, alpha 1
+    "softplus": nn.Softplus,  # Sec. 4.1, alpha 1
     "softplus_centred": CentredSoftplus,  # not in the paper
-    "psoftplus": Softplus,  # Parametric Softplus, Eq. 2, with the alpha below
+    "psoftplus": nn.Softplus,  # Parametric Softplus, Eq. 2, with the alpha below
     "silu": nn.SiLU,  # Sec. 4.1
     "gelu": nn.GELU,  # Sec. 4.1, x Phi(x) exactly
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),  # the released code's GELU
@@ -137,7 +137,8 @@ def make_act(name, alpha=None, smooth_backward=False):
         having = ", ".join(DEFAULT_ALPHA)
         raise ValueError(f"act {name} has no alpha; leave it out, or use one of {having}")
     if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"alpha {alpha:g} is not positive; the paper has {DEFAULT_ALPHA[name]:g}")
+        raise ValueError(f"alpha {alpha:g} is not positive and finite; the paper has "
+                         f"{DEFAULT_ALPHA[name]:g}")
 
     if smooth_backward:
         return ReLU(smooth_backward=True)

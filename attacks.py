@@ -6,14 +6,16 @@ train mode, `pgd` (unless check=False), `pgd_search` and `autoattack` refuse it.
 mode or computes a gradient of the weights. None touches torch's random state, except `pgd` without
 `noise`.
 
-The three to start from: to train, to measure, and to measure with a stronger attack. `index`, (N,)
-int64, is each image's place in the data set: its random numbers depend on that, not on the batch. The
-default, None, numbers the images from 0.
+Start with these three: one to train, one to measure, one to measure with a stronger attack. `index`,
+(N,) int64, is each image's place in the data set: its random numbers depend on that, not on the batch.
+The default, None, numbers the images from 0.
 >>> x_adv = pgd(net.eval(), x, y, eps=8 / 255, step_size=2 / 255, steps=10)
 >>> x_adv, report = pgd_search(net.eval(), x, y, eps=8 / 255, step_size=2 / 255, steps=50, index=index)
 >>> x_adv, report = autoattack(net.eval(), x, y, eps=8 / 255, index=index)
 
-"As x" in a docstring: of x's shape, type and device.
+Where `model` runs in less than float32, `verify` is the float32 model: it judges the clean images and
+confirms every fooled one. `progress(name, step, n_steps, n_undecided)` is called at every step and may
+raise. "As x" in a docstring: of x's shape, type and device.
 
 Keys: PGD is Madry et al. 2018 (arXiv:1706.06083), SAT is arXiv:2006.14536, AA is Croce & Hein 2020
 (arXiv:2003.01690), FAB is Croce & Hein 2020b (arXiv:1907.02044), SQ is Andriushchenko et al. 2020
@@ -26,9 +28,9 @@ import torch.nn.functional as F
 from torch import nn
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack is these, in this order
-# Each search calls `uniform` with a number of its own, so that no two draw the same
+# The first word of each search's counter in `uniform`, so that no two share random numbers
 START, APGD, SQUARE = 0, 1, 2
-# As in SAT's code, so that small float16 gradients do not become 0. To scale by a power of two is exact
+# As in SAT's code, so that small float16 gradients do not become 0. Scaling by a power of two is exact
 LOSS_SCALE = 2.0**7
 # Square counts its squares from 0, and halves their area after each of these (AA)
 SQUARE_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -79,8 +81,8 @@ def check_arguments(model, x, y, eps, step_size=0.0, steps=0, restarts=1, querie
     """ValueError for what makes any attack look weak: train mode, wrong types, pixels or numbers."""
     for net in (model, verify):
         if isinstance(net, nn.Module) and any(module.training for module in net.modules()):
-            raise ValueError("the model is in train mode, where images change each other; "
-                             "call model.eval()")
+            raise ValueError("the model is in train mode, where the images of a batch affect each "
+                             "other; call model.eval()")
     for name, value in (("images", x), ("labels", y)):
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{name} are a {type(value).__name__}; attacks need a torch.Tensor")
@@ -115,7 +117,7 @@ def image_numbers(index, x):
         return torch.arange(len(x), device=x.device)
     index = torch.as_tensor(index, dtype=torch.int64, device=x.device)
     if index.shape != x.shape[:1]:
-        raise ValueError(f"index is {tuple(index.shape)}; attacks need ({len(x)},), a number an image")
+        raise ValueError(f"index is {tuple(index.shape)}; attacks need ({len(x)},), one per image")
     return index
 
 
@@ -187,7 +189,7 @@ def pgd(model, x, y, eps, step_size, steps, noise=None, loss=cross_entropy, chec
 
     It climbs `loss(logits, y)`, (N,). eps, step_size: fractions of [0, 1]. noise: the start's offset,
     as x; None for a fresh uniform one. ValueError as `check_arguments` and `check_labels`; check=False
-    spares the wait for the device that these checks cost.
+    skips these checks, which have to wait for the device.
     """
     if check:
         check_arguments(model, x, y, eps, step_size, steps)
@@ -215,7 +217,7 @@ def pgd(model, x, y, eps, step_size, steps, noise=None, loss=cross_entropy, chec
 class Search:
     """What is known of all N images so far, and `rest`, the tensors of those that are not yet fooled.
 
-    Every attribute of `rest` is a tensor with one row an image; an attack adds its own. An attack moves
+    Every attribute of `rest` is a tensor with one row per image; an attack adds its own. An attack moves
     `rest.x_adv`, asks the model, and lets the fooled images leave: their rows vanish from every tensor.
     """
 
@@ -231,7 +233,7 @@ class Search:
         self.rest = SimpleNamespace(row=row, x=x, y=y, lower=lower, upper=upper, x_adv=x)
 
     def until_all_fooled(self, n_steps):
-        """0 to n_steps - 1, or until no image remains; `progress` is told each and may raise."""
+        """Yields 0 to n_steps - 1 while images remain; `progress` is told each step."""
         for step in range(n_steps):
             n_undecided = len(self.rest.y)
             if n_undecided == 0:
@@ -278,7 +280,7 @@ def search_gradient(model, x, loss):
 
 
 def per_image(value):
-    """One number an image -> (N, 1, 1, 1), to meet pixels."""
+    """One number per image -> (N, 1, 1, 1), to meet pixels."""
     return value[:, None, None, None]
 
 
@@ -290,7 +292,7 @@ def linf(delta):
 # What blinds an attack: warnings, each "reason: sentence"
 
 def not_logits(logits):
-    """Warnings of outputs, (N, K), that no attack can climb -> [str]."""
+    """Warnings about outputs, (N, K), that no attack can climb -> [str]."""
     warnings = []
     n_broken = int((~logits.isfinite()).any(1).sum())
     if n_broken > 0:
@@ -305,7 +307,7 @@ def not_logits(logits):
 
 
 def zero_gradients(grad):
-    """Warnings of gradients, as x, that say nothing -> [str]."""
+    """Warnings about gradients, as x, that carry no information -> [str]."""
     zero = (grad == 0).float().mean()  # NaN where there are no images
     if zero > 0.05:
         return [f"zero gradients: {zero:.1%} of the input gradient is exactly 0 or not finite "
@@ -314,7 +316,7 @@ def zero_gradients(grad):
 
 
 def random_logits(logits, again):
-    """Warnings of logits that differ between two calls on the same images -> [str]."""
+    """Warnings about logits that differ between two calls on the same images -> [str]."""
     finite = logits.isfinite().all(1)
     logits = logits[finite]
     drift = (again[finite] - logits).abs().amax(1) / logits.abs().amax(1).clamp(min=1e-12)
@@ -451,7 +453,6 @@ def apgd(model, x, y, eps, index=None, seed=0, target=None, loss=cross_entropy, 
     It climbs `loss(logits, y)`, or `loss(logits, y, target)` where a target, (N,) int64, is given.
     restart: which random start, an int.
     """
-    check_arguments(model, x, y, eps, steps=steps, verify=verify)
     search = Search("apgd", x, y, eps, verify, progress)
     rest = search.rest
     if target is not None:
@@ -469,7 +470,7 @@ def apgd(model, x, y, eps, index=None, seed=0, target=None, loss=cross_entropy, 
     rest.x_best = rest.x_adv
     rest.grad_best = torch.zeros_like(x)
     worst = x.new_full((len(x),), -torch.inf)
-    rest.loss = torch.full_like(worst, torch.inf)  # so that the first iterate is no step up
+    rest.loss = torch.full_like(worst, torch.inf)  # so that the first iterate is not a step up
     rest.loss_best = worst
     rest.loss_checked = worst  # loss_best at the last checkpoint
     rest.n_up = torch.zeros_like(y)  # steps up since the last checkpoint
@@ -525,9 +526,9 @@ def to_hyperplane(x, w, gap, iterations=6):
 
     Every pixel moves by `reach`, or less where the box stops it. As reach grows, the box stops more and
     more pixels, so |<w, step>| grows ever more slowly: it is concave. Newton's method solves |<w, step>|
-    = |gap| for reach, and from 0 it never overshoots. FAB finds the same reach by sorting the pixels. In
-    our trials six iterations were exact in float32. Where no point of the box gains as much as gap, the
-    step goes towards the corner that gains most.
+    = |gap| for reach, and from 0 it never overshoots. FAB finds the same reach by sorting the pixels.
+    Six iterations are exact in float32 up to 95% of what the box can gain; beyond, reach falls a little
+    short. Where no point of the box gains as much as gap, the step goes to the corner that gains most.
     """
     gap = gap.nan_to_num(0, 0, 0)  # logits that are not finite define no plane
     direction = w.sign() * per_image(gap.sign())
@@ -551,7 +552,6 @@ def fab(model, x, y, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, 
     From x it looks for the nearest point across the boundary to class `target`, (N,) int64. An image is
     fooled once a point of any wrong class is within eps.
     """
-    check_arguments(model, x, y, eps, steps=steps, verify=verify)
     search = Search("fab", x, y, eps, verify, progress)
     rest = search.rest
     rest.target = target
@@ -599,7 +599,6 @@ def square(model, x, y, eps, index=None, seed=0, queries=5000, p=0.8, verify=Non
     Every pixel is always at an end of its range: SQ adds ± 2 eps to a square and clamps, which sends
     each channel of the square to one of its ends.
     """
-    check_arguments(model, x, y, eps, queries=queries, verify=verify)
     search = Search("square", x, y, eps, verify, progress)
     rest = search.rest
     C, H, W = x.shape[1:]
@@ -657,9 +656,8 @@ def autoattack(model, x, y, eps, index=None, seed=0, verify=None, attacks=STANDA
       forwards   (N,) int64: forward passes spent on the image
       warnings   [str], each "reason: sentence"
 
-    attacks: some of STANDARD, or one name. verify: the float32 model, where `model` runs in less.
-    `progress(name, step, n_steps, n_undecided)` is called at every step and may raise. ValueError as
-    `check_arguments` and `check_labels`, and for an unknown attack.
+    attacks: some of STANDARD, or one name. ValueError as `check_arguments` and `check_labels`, and for
+    an unknown attack.
     """
     check_arguments(model, x, y, eps, steps=steps, queries=queries, verify=verify)
     index = image_numbers(index, x)
@@ -673,21 +671,17 @@ def autoattack(model, x, y, eps, index=None, seed=0, verify=None, attacks=STANDA
     def objective(logits):
         return cross_entropy(logits, y)
 
-    logits = forward(verify or model, x)
+    judge = verify or model  # called twice: two models of different precision would look random
+    logits = forward(judge, x)
     check_labels(logits, y)
     clean = predict(logits)
     robust = clean == y
-    warnings = not_logits(logits)
-    if any(name != "square" for name in attacks):
-        again, grad = search_gradient(model, x, objective)
-        warnings += zero_gradients(grad[robust])
-    else:  # the model may have no gradient
-        again = forward(model, x)
+    warnings = not_logits(logits) + random_logits(logits, forward(judge, x))
     forwards = torch.full_like(y, 2)
-    if verify is not None:
-        again = forward(verify, x)  # the same model again: else low precision looks like randomness
+    if any(name != "square" for name in attacks):  # Square's model may have no gradient
+        _, grad = search_gradient(model, x, objective)
+        warnings += zero_gradients(grad[robust])
         forwards += 1
-    warnings += random_logits(logits, again)
     n_classes = logits.shape[1]
     n_targets = min(9, n_classes - 1)  # AA
     targets = without_label(logits, y).topk(n_targets).indices

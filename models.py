@@ -46,7 +46,7 @@ class Normalised(nn.Module):
         return self.classify((x - self.mean) / self.std)
 
     def initialise_as_sat(self):
-        """The first weights of SAT's released code; a network without them keeps torch's own."""
+        """The first weights of SAT's released code; a network without this method keeps torch's own."""
 
 
 # ResNet and ResNeXt. act() makes a fresh activation, norm(width) a fresh BatchNorm; BasicBlock takes
@@ -119,6 +119,7 @@ class ResNet(Normalised):
         self.conv1 = conv(3, width, 3) if small_input else conv(3, width, 7, 2)
         self.bn1 = norm(width)
         self.act = act()
+        # Differs from SAT: padded on both sides, as torchvision's; there as TensorFlow's "same"
         self.maxpool = nn.Identity() if small_input else nn.MaxPool2d(3, 2, padding=1)
         self.n_stages = len(depths)
         inputs = width
@@ -234,7 +235,7 @@ class EfficientNet(Normalised):
             blocks = []
             for b in range(math.ceil(depth * stage.depth)):
                 stride = stage.stride if b == 0 else 1
-                drop = stochastic_depth * n_made / n_blocks  # a line from 0 at the first block
+                drop = stochastic_depth * n_made / n_blocks  # grows linearly from 0 at the first block
                 blocks.append(MBConv(inputs, outputs, stage.expansion, stage.kernel, stride, drop,
                                      act, norm))
                 inputs = outputs
@@ -253,7 +254,7 @@ class EfficientNet(Normalised):
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
         linear = self.classifier[1]
-        bound = linear.out_features**-0.5  # as EN's code
+        bound = linear.out_features**-0.5  # as in EN's code
         nn.init.uniform_(linear.weight, -bound, bound)
         nn.init.zeros_(linear.bias)
 
@@ -265,7 +266,7 @@ class EfficientNet(Normalised):
 # Every network by name
 
 class Arch(NamedTuple):
-    """How to make a network, its native resolution in pixels, and the dropout rate of its paper."""
+    """How to make a network; and what train.py takes by default: pixels, and its paper's dropout."""
 
     make: partial
     res: int
@@ -281,7 +282,7 @@ def efficientnet(width, depth, res, dropout):
 
 
 MODELS = {
-    # for CIFAR-10, RN Sec. 4.2, but with option B's shortcuts as everywhere here
+    # for CIFAR-10, RN Sec. 4.2, with option B's shortcuts; the 3x3 stem comes with small_input
     "resnet8": resnet(BasicBlock, 1, 1, 1, width=16, res=32),  # 0.08M parameters
     "resnet20": resnet(BasicBlock, 3, 3, 3, width=16, res=32),  # 0.27M
     # for ImageNet: blocks in each stage, RN Table 1
@@ -308,26 +309,22 @@ MODELS = {
 
 
 def build(arch, act="relu", num_classes=1000, act_alpha=None, smooth_backward=False, dropout=0.0,
-          stochastic_depth=0.0, small_input=False, bn_eps=1e-5, bn_momentum=0.1, initial="sat",
-          mean=MEAN, std=STD):
+          stochastic_depth=0.0, small_input=False, bn_eps=1e-5, initial="sat", mean=MEAN, std=STD):
     """A fresh network: images (N, 3, H, W) float32 in [0, 1] -> logits (N, num_classes).
 
-    initial: the first weights are the released code's ("sat") or torch's own ("torch"). mean and std
-    normalise red, green and blue. bn_eps 1e-5 and bn_momentum 0.1 are SAT's for every network;
-    torchvision's efficientnet_b5, b6 and b7 have 1e-3 and 0.01. ValueError for what it cannot build.
+    small_input: a 3x3 stem with stride 1, for CIFAR-10. initial: the first weights are the released
+    code's ("sat") or torch's own ("torch"). mean and std normalise red, green and blue. BatchNorm's eps,
+    1e-5, is SAT's for every network; torchvision's efficientnet_b5, b6 and b7 have 1e-3. ValueError for
+    what it cannot build.
     """
     if arch not in MODELS:
         raise ValueError(f"arch {arch} is unknown; use one of {', '.join(MODELS)}")
     if initial not in ("sat", "torch"):
         raise ValueError(f"initial {initial} is unknown; use sat or torch")
-    for name, numbers in (("mean", mean), ("std", std)):
-        if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
-            raise ValueError(f"{name} is {numbers}; use three finite numbers, for red, green and blue")
-    if min(std) <= 0:
-        raise ValueError(f"std is {std}; images are divided by it, so use three positive numbers")
+    check_normalisation(mean, std)
 
     fresh_act = partial(make_act, act, act_alpha, smooth_backward)  # called once for every site
-    norm = partial(nn.BatchNorm2d, eps=bn_eps, momentum=bn_momentum)
+    norm = partial(nn.BatchNorm2d, eps=bn_eps)
     net = MODELS[arch].make(act=fresh_act, norm=norm, num_classes=num_classes, dropout=dropout,
                             stochastic_depth=stochastic_depth, small_input=small_input)
     net.mean.copy_(torch.tensor(mean).view(3, 1, 1))
@@ -337,16 +334,26 @@ def build(arch, act="relu", num_classes=1000, act_alpha=None, smooth_backward=Fa
     return net
 
 
+def check_normalisation(mean, std):
+    """ValueError unless both are three finite numbers, and std's are positive."""
+    for name, numbers in (("mean", mean), ("std", std)):
+        if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{name} is {numbers}; use three finite numbers, for red, green and blue")
+    if min(std) <= 0:
+        raise ValueError(f"std is {std}; images are divided by it, so use three positive numbers")
+
+
 # Two views of one network
 
 def attacker_view(train_net, smooth_backward=False):
     """A second module tree over train_net's storage: eval mode, frozen parameters, its buffers.
 
     An attack through it computes no weight gradient, even when compiled, and leaves BatchNorm's
-    statistics, train mode and DDP alone. smooth_backward holds for this view alone: row "attacker" of
-    SAT Table 1. Make it once the network is on its device; then move neither network nor view.
+    statistics, train mode and DDP alone. smooth_backward replaces the network's own setting in this
+    view, on or off: row "attacker" of SAT Table 1. Make it once the network is on its device; then move
+    neither network nor view.
     """
-    # deepcopy copies only what its memo does not hold yet: new modules over shared tensors
+    # deepcopy copies only what is not in its memo: new modules over shared tensors
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in train_net.parameters()}
     shared |= {id(b): b for b in train_net.buffers()}
     view = copy.deepcopy(train_net, shared).eval()
@@ -357,13 +364,6 @@ def attacker_view(train_net, smooth_backward=False):
     for relu in relus:
         relu.smooth_backward = smooth_backward
     return view
-
-
-def shares_storage(net, view):
-    """Whether every parameter and buffer of the view lies where the network's does."""
-    net_tensors = [*net.parameters(), *net.buffers()]
-    view_tensors = [*view.parameters(), *view.buffers()]
-    return [t.data_ptr() for t in net_tensors] == [t.data_ptr() for t in view_tensors]
 
 
 # How a network runs
@@ -380,8 +380,8 @@ def on_device(net, device):
 def set_numerics(dtype):
     """Once, before anything is computed: TF32 only where asked for, subnormal numbers are 0.
 
-    The tail of a smooth curve makes subnormal numbers, and a CPU is many times slower on those. New
-    threads inherit the setting from this one; threads that torch has started before keep their own.
+    The tail of a smooth curve produces subnormal numbers, on which a CPU is many times slower. New
+    threads inherit the setting from this one; threads that torch has already started keep their own.
     Backward passes run outside of `precision`, so TF32 has to be off globally too.
     """
     torch.set_flush_denormal(True)
@@ -451,7 +451,7 @@ def load_file(path):
 
 
 def flatten(content, prefix=""):
-    """Dicts in dicts -> {dotted name: tensor}. All else is dropped, but for a normalisation's lists."""
+    """Dicts in dicts -> {dotted name: tensor}; of all else only a normalisation's lists are kept."""
     tensors = {}
     for name, value in content.items():
         whole_name = f"{prefix}{name}"
@@ -473,7 +473,7 @@ def below(prefix, tensors, wanted):
     found = {}
     for whole_name, tensor in tensors.items():
         name = whole_name.removeprefix(prefix)
-        is_weight = tensor.is_floating_point() and tensor.numel() != 1  # otherwise it is a counter
+        is_weight = tensor.is_floating_point() and tensor.shape != (1,)  # a profiler's counters are (1,)
         if whole_name.startswith(prefix) and (name in wanted or is_weight):
             found[name] = tensor
     return found
@@ -509,7 +509,12 @@ def read_state_dict(path, wanted):
     for name, tensor in flatten(content).items():
         last_word = name.rpartition(".")[2].strip("_")
         if last_word in NORMALISATION and tensor.numel() == 3:
-            normalisation[NORMALISATION[last_word]] = tensor.float().view(3, 1, 1)
+            kind = NORMALISATION[last_word]
+            value = tensor.float().view(3, 1, 1)
+            if kind in normalisation and not normalisation[kind].equal(value):
+                raise ValueError(f"{path} holds several normalisations, e.g. {name}; save the weights "
+                                 "and the one to use in a file of their own")
+            normalisation[kind] = value
         else:
             tensors[name] = tensor
     if not tensors:
@@ -544,12 +549,13 @@ def read_state_dict(path, wanted):
 def load_weights(net, path):
     """Load what `read_state_dict` finds, its normalisation too -> its sentence.
 
-    ValueError unless every tensor fits; only counters may be missing, no verdict depends on them.
+    ValueError unless every tensor fits; only counters, on which no verdict depends, may be missing.
     """
     wanted = net.state_dict()
     found, sentence = read_state_dict(path, wanted)
     mean = found.pop("mean", net.mean)
     std = found.pop("std", net.std)
+    check_normalisation(mean.flatten().tolist(), std.flatten().tolist())
     for name, tensor in wanted.items():
         if not tensor.is_floating_point():  # a counter: one that the file lacks stays as it is
             found.setdefault(name, tensor)
@@ -564,8 +570,8 @@ def load_weights(net, path):
     if len(differ) == 2 and last in differ and last in found:
         n_file = len(found[last])
         n_net = len(wanted[last])
-        raise ValueError(f"{path} tells {n_file} classes apart and the data has {n_net}; give it data "
-                         f"of its {n_file} classes, or train on the {n_net}, starting from this file")
+        raise ValueError(f"{path} has {n_file} classes and the data {n_net}; use data with its {n_file} "
+                         f"classes, or train on the {n_net}, starting from this file")
     if differ:
         name = differ[0]
         raise ValueError(

@@ -54,7 +54,7 @@ from attacks import (SQUARE, STANDARD, apgd, autoattack, ball, cross_entropy, fa
                      logit_of, masked_gradients, pgd, pgd_search, random_start, search_gradient,
                      square, to_hyperplane, uniform)
 from models import (MODELS, attacker_view, build, in_precision, load_file, load_weights, on_device,
-                    precision, set_numerics, shares_storage, weights_hash)
+                    precision, set_numerics, weights_hash)
 
 ROOT = Path(__file__).resolve().parent
 MODULES = ("activations", "models", "attacks", "data", "train", "evaluate", "sanity")
@@ -407,7 +407,7 @@ class TestActivations(TensorCase):
 
     def test_values_and_slopes_are_the_closed_forms(self):
         x = torch.cat([torch.linspace(-30, 30, 6000), torch.linspace(-0.1, 0.1, 2000)])
-        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        for dtype, tolerance in ((torch.float64, 3e-9), (torch.float32, 1e-6)):
             for name, alpha in CURVES:
                 with self.subTest(name, alpha=alpha, dtype=dtype):
                     act = make_act(name, alpha).to(dtype)
@@ -576,10 +576,10 @@ class TestModels(TensorCase):
                 self.assertEqual(len(alphas), n_sites)
                 self.assertFalse([p for p in net.parameters() if p.grad is None])
 
-    def test_eps_and_momentum_reach_every_norm(self):
-        net = small(bn_eps=1e-3, bn_momentum=0.01)
-        found = {(m.eps, m.momentum) for m in net.modules() if isinstance(m, nn.BatchNorm2d)}
-        self.assertEqual(found, {(1e-3, 0.01)})
+    def test_eps_reaches_every_norm(self):
+        net = small(bn_eps=1e-3)
+        found = {m.eps for m in net.modules() if isinstance(m, nn.BatchNorm2d)}
+        self.assertEqual(found, {1e-3})
 
     def test_the_first_weights_have_the_deviation_of_the_released_code_or_of_torch(self):
         layers = {  # name: deviation in the released code; inputs of one output, which are torch's rule
@@ -671,25 +671,8 @@ class TestView(TensorCase):
                 before = view(self.x)
                 F.cross_entropy(net.train()(self.x), self.y).backward()
                 torch.optim.SGD(net.parameters(), 0.1).step()
-                self.assertTrue(shares_storage(net, view))
                 self.assert_same(view(self.x), net.eval()(self.x))
                 self.assert_differ(view(self.x), before)
-
-    def test_shares_storage_is_false_after_a_weight_or_a_buffer_was_replaced(self):
-        for what in ("a weight", "a buffer", "a dtype", "all weights"):
-            with self.subTest(what):
-                net = small()
-                view = attacker_view(net)
-                self.assertTrue(shares_storage(net, view))
-                if what == "a weight":
-                    net.fc.bias = nn.Parameter(net.fc.bias.detach().clone())
-                elif what == "a buffer":
-                    net.bn1.running_mean = net.bn1.running_mean.clone()
-                elif what == "a dtype":
-                    net.double()
-                else:
-                    net.load_state_dict(small().state_dict(), assign=True)
-                self.assertFalse(shares_storage(net, view))
 
     def test_dropout_and_stochastic_depth_are_off_in_the_view(self):
         for arch, rates in (("resnet8", dict(dropout=0.5)), ("efficientnet_b0", dict(dropout=0.5)),
@@ -890,7 +873,12 @@ class TestWeights(TemporaryFolder):
             "too many": ({**self.weights, "fc.gain": torch.ones(10)}, "e.g. fc.gain"),
             "another network": (small("resnet20").state_dict(), "does not fit .*layer1.1"),
             "other classes": (build("resnet8", num_classes=1000, small_input=True).state_dict(),
-                              "some.pt tells 1000 classes apart and the data has 10; give"),
+                              "some.pt has 1000 classes and the data 10; use"),
+            "another curve": (small(act="smoothrelu").state_dict(), "does not fit .*act.beta"),
+            "no deviation": (self.weights | {"std": torch.zeros(3)}, "std is .*positive"),
+            "a nan as mean": (self.weights | {"mean": torch.full((3,), math.nan)}, "mean is .*finite"),
+            "two means": (self.weights | {"a.mean": torch.ones(3), "b.mean": torch.zeros(3)},
+                          "several normalisations, e.g. b.mean"),
             "nan": (self.weights | {"fc.bias": torch.full((10,), math.nan)}, "fc.bias is not finite"),
             "infinite": (self.weights | {"fc.bias": torch.full((10,), -math.inf)}, "is not finite"),
             "two that differ": ({"model": self.weights, "best": self.raw}, "fit, model and best; save"),
@@ -1496,8 +1484,8 @@ class TestAutoAttack(TensorCase):
             model = Recorder(constant_model)
             autoattack(model, x, y, eps=0.25, index=index, seed=5, attacks=(attack,), steps=0)
             with self.subTest(attack):
-                self.assertEqual(len(model.calls), 2 + len(starts))  # two on x come first
-                for x_adv, start in zip(model.calls[2:], starts):
+                self.assertEqual(len(model.calls), 3 + len(starts))  # three on x come first
+                for x_adv, start in zip(model.calls[3:], starts):
                     units = torch.tensor(in_units(x_adv))
                     self.assert_close(units, torch.tensor(start), delta=3)  # the ball is 2^-23 smaller
 
@@ -1723,7 +1711,7 @@ class TestAutoAttack(TensorCase):
         is_wrong = index % 9 == 0
         fooled, x_adv, report = run_autoattack(net, x, y, steps=5, queries=20)
         self.assertFalse(fooled[is_wrong].any())
-        self.assertEqual(report["forwards"][is_wrong].unique().tolist(), [2])
+        self.assertEqual(report["forwards"][is_wrong].unique().tolist(), [3])
         self.assert_same(report["robust"], ~is_wrong & ~fooled)
         self.assert_same(x_adv[is_wrong], x[is_wrong])
 
@@ -1774,10 +1762,8 @@ class TestRefusals(TensorCase):
 
         attacks = {"pgd": partial(pgd, step_size=0.1, steps=1),
                    "pgd_search": partial(pgd_search, step_size=0.1, steps=1),
-                   "autoattack": autoattack,
-                   "apgd": apgd, "square": square, "fab": partial(fab, target=1 - y)}
-        every = "pgd pgd_search autoattack apgd square fab"
-        starts = "pgd pgd_search autoattack"  # those that a person calls
+                   "autoattack": autoattack}
+        every = "pgd pgd_search autoattack"
         searches = "pgd_search autoattack"
         for names, words, changes in (
                 (every, "train mode.*eval", {"model": train_mode}),
@@ -1791,16 +1777,16 @@ class TestRefusals(TensorCase):
                 (searches, "images are a list; .* torch.Tensor", {"x": x.tolist()}),
                 (every, r"int32; attacks need \(6,\) torch.int64", {"y": y.int()}),
                 (every, r"\(5,\) .*; attacks need \(6,\)", {"y": y[:5]}),
-                (starts, "labels run from . to 2; .* 2 classes", {"y": y + 2 - y.amax()}),
-                (starts, "labels run from -1 to .; .* 2 classes", {"y": y - 1 - y.amin()}),
-                (starts, "gives a tuple; attacks need its logits", {"model": pair}),
-                (starts, r"gives \(6,\); attacks need logits, \(6, K\)", {"model": flat}),
+                (every, "labels run from . to 2; .* 2 classes", {"y": y + 2 - y.amax()}),
+                (every, "labels run from -1 to .; .* 2 classes", {"y": y - 1 - y.amin()}),
+                (every, "gives a tuple; attacks need its logits", {"model": pair}),
+                (every, r"gives \(6,\); attacks need logits, \(6, K\)", {"model": flat}),
                 (every, "eps is 8; .*fraction.*8 / 255", {"eps": 8}),
                 (every, "eps is -0.03; .*fraction", {"eps": -0.03}),
                 (every, "eps is nan; .*fraction", {"eps": math.nan}),
                 ("pgd pgd_search", "step_size is 2; .*fraction", {"step_size": 2}),
-                (starts, "steps is -1; .* 0 or more", {"steps": -1}),
-                ("square autoattack", "queries is -1; .* 0 or more", {"queries": -1}),
+                (every, "steps is -1; .* 0 or more", {"steps": -1}),
+                ("autoattack", "queries is -1; .* 0 or more", {"queries": -1}),
                 ("pgd_search", "restarts is 0; .* 1 or more", {"restarts": 0}),
                 ("pgd_search", "restarts is 2.*restarts=1", {"restarts": 2, "last_iterate": True}),
                 (searches, r"index is \(2,\); attacks need \(6,\)", {"index": [0, 1]}),
