@@ -4,8 +4,9 @@ The pictures: ImageNet from folders, CIFAR-10 from its official files, and `shap
 >>> images = load("shapes", train=False)
 >>> for index, x, y in eval_batches(images, subset(images.n), 100): ...  # x: (N, 3, H, W) in [0, 1]
 
-`index` is an image's number in its whole split, always. Which images make a batch depends on (seed,
-epoch), what augmentation does to one on (seed, epoch, index): not on workers, processes or a restart.
+`index` is an image's number in its whole split, always. Which images form a batch depends on (seed,
+epoch, batch size), how an image is augmented on (seed, epoch, index). Workers and restarts change
+neither.
 
 Write an image folder again with smaller pictures, which load faster:
 $ python data.py shrink data/imagenet data/imagenet-288 --short 288
@@ -34,12 +35,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from attacks import uniform
 
-BICUBIC = T.InterpolationMode.BICUBIC  # everywhere, as in SAT's code, except in shrink:
+BICUBIC = T.InterpolationMode.BICUBIC  # in every resize, as in SAT's code, except in shrink:
 LANCZOS = T.InterpolationMode.LANCZOS  # there bicubic would change evaluation's pixels more
-AUGMENT = 1  # first word of uniform's counter; APGD uses 1 too, but never on training images
-SHAPES_SEED = -1  # of the pictures; attacks and crops have seeds from 0 on, so they never share numbers
-# Pillow's modes of at most 8 bits a channel
-EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+# attacks.uniform(seed, index, counter, shape) draws the numbers that belong to an image; draws differ in
+# their counter. APGD's counters begin with 1 too, but it never attacks training images
+AUGMENT = 1
+SHAPES_SEED = -1  # every other seed is 0 or more, so nothing else draws the pictures' numbers again
 PAD = 4  # zeros around an image in memory, of which a random crop takes a part
 MOST_UNREADABLE = 100  # in a row: the disk is at fault, not a file
 
@@ -173,9 +174,9 @@ def load(name, data_dir=None, train=True, res=32, classes=None, download=False, 
     if download and not data_set.can_download:
         raise SystemExit(f"--download fetches cifar10 only, not {name}; drop it")
     if not data_set.least_res <= res <= data_set.most_res:
-        raise SystemExit(f"--res {res} does not fit {name}; use {data_set.least_res} to "
+        raise SystemExit(f"--res {res} does not fit {name}; the least is {data_set.least_res}, the most "
                          f"{data_set.most_res}")
-    folder = Path(data_set.folder if data_dir is None else data_dir)
+    folder = Path(data_set.folder if data_dir is None else data_dir).expanduser()
     images = data_set.load(folder, train, res, download)
     if classes is not None:
         unknown = [own for own in images.classes if own not in classes]
@@ -194,20 +195,21 @@ def load(name, data_dir=None, train=True, res=32, classes=None, download=False, 
 
 
 def visible(names):
-    """Without .ipynb_checkpoints, which Jupyter leaves, and ._cat.jpg, which a Mac leaves by cat.jpg."""
+    """Sorted, without hidden names: Jupyter leaves .ipynb_checkpoints, a Mac ._cat.jpg with cat.jpg."""
     return sorted(name for name in names if not name.startswith("."))
 
 
 def find_pictures(root):
     """The pictures below a folder, as paths relative to it, in the order of torchvision's ImageFolder.
 
-    Each real folder comes once, whatever links lead to it, and none that holds `root`.
+    Links to folders are followed after the real folders, and only to folders not seen yet: no picture
+    comes twice, and a link that leads back up does not loop.
     """
     found = []  # (class, folder, name), which torchvision sorts by
     left_out = []
     errors = []
-    seen = {str(folder) for folder in root.resolve().parents}
-    starts = [root]  # then the links, each where no real folder leads
+    seen = {str(folder) for folder in root.resolve().parents}  # a link to one of them would loop
+    starts = [root]  # links to folders are appended: os.walk does not follow them
     while starts:
         for folder, subfolders, files in os.walk(starts.pop(0), onerror=errors.append):
             folder = Path(folder)
@@ -229,18 +231,18 @@ def find_pictures(root):
                     left_out.append(f"{folder / name} (its name does not end like a picture's)")
     for error in errors:
         left_out.append(f"{error.filename} ({reason(error)})")
-    if found and left_out:
-        say(f"{len(left_out)} files or folders are left out, e.g. {left_out[-1]}")
+    if left_out and root.exists():
+        say(f"left out files or folders: {len(left_out)}, e.g. {left_out[-1]}")
     return [os.path.normpath(os.path.join(folder, name)) for _, folder, name in sorted(found)]
 
 
 def imagenet(folder, train, res, download):
     """{train,val}/<class>/* below the folder."""
-    root = folder.expanduser() / ("train" if train else "val")
-    paths = [path for path in find_pictures(root) if os.sep in path]  # beside the folders: no class
+    root = folder / ("train" if train else "val")
+    paths = [path for path in find_pictures(root) if os.sep in path]  # in root itself: without a class
     if not paths:
         raise SystemExit(f"no images under {root}; --data imagenet needs its --data-dir to hold "
-                         "{train,val}/<class>/*.JPEG; see it move without any: --data shapes")
+                         "{train,val}/<class>/*.JPEG; to try it without data, use --data shapes")
     classes, y = np.unique([path.split(os.sep)[0] for path in paths], return_inverse=True)
     for name in visible(os.listdir(root)):
         if name not in classes and (root / name).is_dir():
@@ -285,7 +287,7 @@ SHAPES = ["disc", "ring", "square", "frame", "triangle", "star", "cross", "bar",
 
 
 def distances(u, v):
-    """The signed distance of (u, v) to the edge of each of SHAPES, negative inside."""
+    """For each of SHAPES a function of (u, v): negative inside, 0 on the edge, about its distance."""
     right = u.abs()
     up = v.abs()
     radius = torch.hypot(u, v)
@@ -331,11 +333,8 @@ def draw_shapes(n, res, train):
         moved_y = (row + 0.5) * 2 / res - 0.85 - 0.3 * top
         u = (moved_x * turn.cos() - moved_y * turn.sin()) / size
         v = (moved_y * turn.cos() + moved_x * turn.sin()) / size
-        edge = torch.empty(len(index), res, res)
-        for number, distance in enumerate(distances(u, v)):
-            own = y[index] == number
-            edge[own] = distance[own]
-        inside = (0.5 - edge * size * res / 2).clamp(0, 1)  # an edge one pixel wide, not jagged
+        edge = torch.stack(distances(u, v))[y[index], torch.arange(len(index))]  # (N, res, res)
+        inside = (0.5 - edge * size * res / 2).clamp(0, 1)  # an edge about one pixel wide, not jagged
 
         # Its colour, the ground it stands on, the grating over both, and noise
         class_share = y[index, None, None] / len(SHAPES)  # the class's number, in [0, 1)
@@ -368,7 +367,10 @@ def subset(n, limit=None):
 
 
 def hold_out(n, limit=None, holdout=0):
-    """Numbers of the images to train on, and of those held out, at most a tenth of all in use."""
+    """Numbers of the images to train on, at most `limit`, and of those held out; both sorted.
+
+    Held out are the last `holdout` of the fixed order, at most a tenth of min(n, limit).
+    """
     most = min(n, limit or n) // 10
     n_train = n - min(holdout, most)
     order = fixed_order(n)
@@ -388,7 +390,7 @@ def epoch_batches(members, epoch, seed, batch_size, world=1):
     n_steps = len(order) // batch_size
     if n_steps == 0:
         batch_size = len(order) // world * world
-        n_steps = 1 if batch_size >= 2 * world else 0  # BatchNorm needs two images on each process
+        n_steps = 1 if batch_size >= 2 * world else 0  # BatchNorm over a single image is refused
     return order[: n_steps * batch_size].view(n_steps, batch_size)
 
 
@@ -442,7 +444,7 @@ def eval_batches(images, members, batch_size, workers=0, device="cpu"):
 
 
 def crop_and_flip(u, res):
-    """u (..., 3) -> rows and columns of a crop from a padded image, (..., res) int64, half mirrored."""
+    """Crops of a padded image, half of them mirrored; u (..., 3) -> rows, columns (..., res) int64."""
     position = torch.arange(res, device=u.device)
     top, left = (u[..., :2] * (2 * PAD + 1)).long().unbind(-1)
     column = torch.where(u[..., 2:] < 0.5, position, position.flip(0))
@@ -473,13 +475,14 @@ def seeded(seed, function, *arguments):
 
 
 def to_rgb(picture):
-    """8 bits a channel. Pillow alone would clip 16-bit greys to white, and fractions to black."""
+    """8 bits a channel. Pillow's own convert clips 16-bit grey to white and cuts 0.5 down to 0."""
+    # In mode I, PNG and PPM hold 16 bits; a TIFF holds 32 and is refused below
     sixteen_bits = picture.mode == "I" and picture.format in ("PNG", "PPM")
     if sixteen_bits or picture.mode.startswith("I;16"):
         high_byte = (np.asarray(picture) >> 8).astype(np.uint8)
         picture = Image.fromarray(high_byte)
-    if picture.mode not in EIGHT_BITS:
-        raise ValueError(f"Pillow's mode {picture.mode}, which is not known to fit 8 bits")
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"Pillow's mode {picture.mode}, which does not fit 8 bits")
     return picture.convert("RGB")
 
 
@@ -515,7 +518,8 @@ class Files(Dataset):
             after = bisect.bisect(self.members, index)
             index = self.members[after % len(self.members)]
         else:
-            raise OSError(f"{sentence} nor {MOST_UNREADABLE - 1} before it; is the disk still there?")
+            raise OSError(f"{sentence}, nor the {MOST_UNREADABLE - 1} images before it; is the disk "
+                          "still there?")
         x = seeded(key(self.seed, epoch, index), self.transform, picture)
         return torch.tensor(index), x, self.images.y[index]
 
@@ -559,7 +563,7 @@ def leave_session(_):
 
 
 def from_workers(dataset, requests, workers, pin_memory=False):
-    """Yields [dataset[item], ...], collated, for each request, a list of items, in their order.
+    """For each request, a list of items, yields [dataset[item], ...] collated, in their order.
 
     The workers end with this generator, whatever ends it, and within seconds of a main process that
     was killed. Tensors are stacked in shared memory, in the worker: where it is full, that raises.
@@ -568,26 +572,22 @@ def from_workers(dataset, requests, workers, pin_memory=False):
                         worker_init_fn=leave_session, timeout=3600 if workers else 0,
                         generator=torch.Generator())  # or it would advance torch's global one
     batches = iter(loader)
-    sentence = ""
     try:
-        for batch in batches:
-            yield batch
-    except (OSError, RuntimeError) as error:
+        yield from batches
+    except OSError as error:  # our own sentence, the end of a worker's traceback
+        raise SystemExit(str(error).strip().rpartition("OSError: ")[2]) from None
+    except RuntimeError as error:
         text = str(error).strip()
-        if isinstance(error, OSError):  # our own sentence, the end of a worker's traceback
-            sentence = text.rpartition("OSError: ")[2]
-        elif "shared memory" in text:
-            sentence = (f"no room in /dev/shm for the batches of {workers} workers; use fewer "
-                        "--workers, a smaller --batch-size, or docker run --shm-size 8g")
-        elif text.startswith("DataLoader"):  # a worker has ended, or is silent
-            sentence = f"{text}; is there enough memory? Use fewer than --workers {workers}"
-        else:
-            raise
-        error.with_traceback(None)  # its frames refer to the iterator
+        if "shared memory" in text:
+            raise SystemExit(f"no room in /dev/shm for the batches of {workers} workers; use fewer "
+                             "--workers, a smaller --batch-size, or docker run --shm-size 8g") from None
+        if text.startswith("DataLoader"):  # a worker has ended, or is silent
+            raise SystemExit(f"{text}; is there enough memory? Use fewer than --workers "
+                             f"{workers}") from None
+        raise
     finally:
-        del batches  # the last reference to the loader's iterator: now its workers stop
-    if sentence:
-        raise SystemExit(sentence)
+        if workers > 0:
+            batches._shutdown_workers()  # now, although a traceback may still refer to the iterator
 
 
 # Shrink: an image folder again, with smaller pictures
@@ -646,7 +646,8 @@ def shrink(source, target, short, workers):
         show(f"{n_there + n_done}/{len(paths)} pictures | {time_left} left")
     for line in unreadable:
         say(f"skipped {line}")
-    say(f"all pictures are in {target}, without {len(unreadable)} unreadable ones")
+    say(f"{len(paths) - len(unreadable)} of {len(paths)} pictures are in {target}; {len(unreadable)} "
+        "unreadable")
     return 1 if unreadable else 0
 
 

@@ -8,11 +8,11 @@ $ python evaluate.py --attack autoattack
 SAT's protocol (arXiv:2006.14536), here on 8 GPUs and for weights from elsewhere:
 $ torchrun --nproc_per_node=8 evaluate.py --last-iterate --weights FILE --arch resnet50 --act silu
 
-An image counts as robust if no iterate of any restart fools the model; in SAT's protocol, if the last
-iterate does not fool it. Its verdict is a function of the weights, the attack and the image; rounding
-aside, no batch size, order or number of processes changes it. Verdicts are kept in a ledger under
-OUT/eval, one JSON line per image: a stopped evaluation goes on with the same command, and a finished
-one only reads the images to see that they are the same.
+An image counts as robust if it is classified correctly and no iterate of any restart fools the model; in
+SAT's protocol, if the last iterate does not. The verdict depends on the weights, the attack, the image
+and its number; rounding aside, no batch size, order or number of processes changes it. Verdicts are kept
+in a ledger, one JSON line per image, under OUT/eval (eval-NAME for another file of weights). A stopped
+evaluation goes on with the same command; a finished one only checks that the images are the same.
 
 Keys: SAT is the paper; its sections are numbered as there.
 """
@@ -43,16 +43,16 @@ from attacks import STANDARD, autoattack, masked_gradients, pgd_search
 from data import duration, say, show
 from models import (MEAN, MODELS, STD, attacker_view, build, in_precision, load_weights, on_device,
                     weights_hash)
-from train import (check_numbers, contradictions, device_name, flag, in_255, need, open_device,
-                   read_json, sentences, warn_small_eps, write_json)
+from train import (check_numbers, contradictions, device_name, exit_on_value_error, flag, in_255, need,
+                   open_device, read_json, warn_small_eps, write_json)
 
 
 class Attack(NamedTuple):
     """What --attack calls, which flags are its own, and the searches that it may consist of.
 
     search: (model, x, y, eps, index, seed, verify, progress, and its own flags) -> x_adv, report. The
-    report has clean, robust, forwards and warnings. It may have restart and step, or fooled_by, and then
-    a ledger line says what fooled the image.
+    report has clean, robust, forwards and warnings. With restart and step, robust_at or fooled_by, which
+    it may have too, a ledger line says when or by what the image was fooled.
     """
 
     search: Callable
@@ -61,19 +61,19 @@ class Attack(NamedTuple):
 
 
 # A new attack is its function, a line here, and in get_args its flags if it has any. A flag that is not
-# given is the data set's or, where that has none, the function's own default
+# given takes the data set's value or, where that has none, the function's default
 ATTACKS = {
     "pgd": Attack(pgd_search, flags=("step_size", "steps", "restarts", "last_iterate")),
     "apgd": Attack(partial(autoattack, attacks=STANDARD[:2]), searches={"apgd-ce": 0.1, "apgd-t": 0.9}),
     "autoattack": Attack(autoattack, searches={"apgd-ce": 0.03, "apgd-t": 0.25, "fab-t": 0.25,
                                                "square": 0.47}),
 }
-# What args.json says of a network and a flag must not contradict
+# What args.json says of a network; a flag must not contradict it
 NETWORK_FLAGS = ("data", "arch", "act", "act_alpha", "bn_eps", "mean", "std")
 
 
 def add_common_flags(p):
-    """Those of sanity.py too: which net, which images, how far the attack may go, and where."""
+    """The flags that sanity.py has too: which net, which images, how far the attack may go, where."""
     p.add_argument("--out", help="a run's folder: its model.pt, network and data; default: out")
     p.add_argument("--weights", help="a state dict; the rest: args.json beside it, or these flags")
     p.add_argument("--data", choices=data.DATA_SETS, help="default: the run's, or imagenet")
@@ -157,7 +157,7 @@ def find_run(args):
     weights = Path(args.weights or folder / "model.pt")
     source = folder / "args.json"
     given = {name: getattr(args, name) for name in NETWORK_FLAGS}
-    saved = dict(data="imagenet", bn_eps=1e-5, mean=list(MEAN), std=list(STD))  # what older runs had
+    saved = dict(data="imagenet", bn_eps=1e-5, mean=list(MEAN), std=list(STD))  # unless args.json says
     train_args = None
     if source.exists():
         train_args = read_json(source)
@@ -175,17 +175,18 @@ def find_run(args):
         raise SystemExit(f"no {weights} yet, before the first validation; --weights "
                          f"{shlex.quote(str(folder / 'last.pt'))} measures the last checkpoint")
 
-    run = SimpleNamespace(weights=weights, given=given, train_args=train_args)
+    run = SimpleNamespace(weights=weights, train_args=train_args)
     for name in (*NETWORK_FLAGS, "data_dir", "res"):
         value = getattr(args, name)
         setattr(run, name, saved.get(name) if value is None else value)
-    # RUN/eval holds the reports of its model.pt only, those of another file go into RUN/eval-NAME
+    # RUN/eval holds the reports of its model.pt only, those of another file go into RUN/eval-NAME. With
+    # --weights, --out says only where that is: the network comes from beside the weights, or from flags
     run.reports = Path(args.out or folder) / f"eval-{weights.stem}"
     if weights.resolve() == (run.reports.parent / "model.pt").resolve():
         run.reports = run.reports.with_name("eval")
     run.classes = saved.get("classes")
     run.small_input = saved.get("small_input")
-    # Defaults for what neither the flags nor args.json give
+    # Defaults that depend on the data and the network
     need(str(run.data) in data.DATA_SETS, f"{source} has the unknown data {run.data}; use --data with "
          f"one of {', '.join(data.DATA_SETS)}")
     data_set = data.DATA_SETS[run.data]
@@ -194,24 +195,21 @@ def find_run(args):
     if run.res is None:
         run.res = data_set.res
     if run.res is None:
-        run.res = MODELS[run.arch].res if run.arch in MODELS else 224
+        run.res = MODELS[run.arch].res if run.arch in MODELS else 224  # build refuses an unknown arch
     return run
 
 
 def open_net(run, n_classes, device):
-    """The trained network in eval mode. run.mean and run.std become the file's where it holds them.
-
-    run.taken says what was taken of the file; "" for a plain state dict.
-    """
-    with sentences():
+    """The trained network in eval mode. run.mean and run.std become the file's where it holds them."""
+    with exit_on_value_error():
         net = build(run.arch, run.act, n_classes, act_alpha=run.act_alpha, small_input=run.small_input,
                     bn_eps=run.bn_eps, mean=run.mean, std=run.std)
-        run.taken = load_weights(net, run.weights)
+        taken = load_weights(net, run.weights)
+    if taken:
+        say(taken)
     for name, values in (("mean", net.mean), ("std", net.std)):
         if not values.flatten().equal(torch.tensor(getattr(run, name))):  # the file has its own
-            rounded = [round(value, 6) for value in values.flatten().tolist()]
-            need(run.given[name] is None, f"{flag(name)} contradicts {run.taken}; drop it")
-            setattr(run, name, rounded)
+            setattr(run, name, [round(value, 6) for value in values.flatten().tolist()])
     return on_device(net, device).eval()
 
 
@@ -235,16 +233,14 @@ def load(path, device="cpu", num_classes=1000, **flags):
         net = open_net(run, len(run.classes or range(num_classes)), device)
     except SystemExit as error:
         raise ValueError(str(error)) from None
-    if run.taken:
-        say(run.taken)
     return net
 
 
 def code_digest():
-    """A hex digest of the syntax trees that decide a verdict: comments do not count, docstrings do.
+    """A hex digest of the syntax trees that decide a verdict: docstrings count, comments do not.
 
-    This file is not among them: it calls them and counts. After an edit here that changes verdicts, use
-    --fresh.
+    Versions of Python write a tree differently. This file is not among them: it calls them and counts.
+    After an edit here that changes verdicts, use --fresh.
     """
     parts = (activations, models, attacks, data.eval_transform, data.to_rgb)
     trees = [ast.dump(ast.parse(inspect.getsource(part))) for part in parts]
@@ -252,7 +248,7 @@ def code_digest():
 
 
 def from_rank_0(value):
-    """Rank 0's value on every rank, none of which goes on before rank 0 has come here."""
+    """Rank 0's value, on every rank; no rank continues until rank 0 gets here."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, src=0)
@@ -278,7 +274,7 @@ def is_ledger_line(line):
 def read_ledger(folder, name):
     """What all processes have written, ever -> ({index: line}, [warning]).
 
-    A last line torn by a kill is ignored. SystemExit for any other line that is no verdict.
+    A last line torn by a kill is ignored. SystemExit for any other line that is neither.
     """
     verdicts = {}
     warnings = []
@@ -289,8 +285,8 @@ def read_ledger(folder, name):
         except ValueError:
             lines = [None]  # refused below
         for line in lines:
-            need(is_ledger_line(line), f"{path} holds a line that is no verdict; delete the file, or "
-                 "start over with --fresh")
+            need(is_ledger_line(line), f"{path} holds a line that is neither a verdict nor a warning; "
+                 "delete the file, or start over with --fresh")
             if "warning" in line:
                 warnings.append(line["warning"])
             else:
@@ -385,7 +381,7 @@ def wilson(k, n, z=1.959964):
 def robust_at(line, steps):
     """Whether no iterate 0 .. k of PGD's first restart fools, for k = 0 .. steps -> [bool].
 
-    Of --last-iterate: whether iterate k does not, whatever the earlier ones did.
+    With --last-iterate: whether iterate k itself does not fool, whatever the earlier ones did.
     """
     if "robust_at" in line:
         return [digit == "1" for digit in line["robust_at"]]
@@ -400,8 +396,7 @@ def robust_at(line, steps):
 def tally(lines, steps=None, searches=()):
     """Ledger lines -> dict: n, n_correct, n_robust, n_nan, forwards.
 
-    And with PGD's steps robust_after, the sums of `robust_at`; with an attack's searches fooled_by,
-    {name: n}.
+    With PGD's steps also robust_after, the sums of `robust_at`; with searches also fooled_by, {name: n}.
     """
     n_correct = 0
     n_robust = 0
@@ -431,7 +426,7 @@ def tally(lines, steps=None, searches=()):
 
 
 def warnings_of(lines, counts, classes):
-    """What the verdicts of all images together give reason to doubt -> [str]."""
+    """Warnings that only the verdicts of all images together can give -> [str]."""
     warnings = []
     if counts["n_nan"] > 0:
         warnings.append(f"not finite: {counts['n_nan']} of {counts['n']} clean images have NaN logits; "
@@ -439,8 +434,8 @@ def warnings_of(lines, counts, classes):
     labels = {line["label"] for line in lines}
     guesses = {line["clean"] for line in lines}
     if len(labels) > 1 and len(guesses) == 1 and counts["n_nan"] == 0:
-        warnings.append(f"one class: every image is taken for {classes[guesses.pop()]}; a network that "
-                        "learned nothing cannot be fooled, so robust is no robustness")
+        warnings.append(f"one class: every image is classified as {classes[guesses.pop()]}; a network "
+                        "that learned nothing cannot be fooled, so its robust accuracy means nothing")
     return warnings + masked_gradients(counts["n"], counts.get("fooled_by", {}))
 
 
@@ -531,12 +526,10 @@ def main():
     images = data.load(run.data, run.data_dir, train=False, res=run.res, classes=run.classes,
                        device=device)
     net = open_net(run, len(images.classes), device)
-    if run.taken:
-        say(run.taken)
-    with sentences():
+    with exit_on_value_error():
         view = attacker_view(net, smooth_backward=args.smooth_backward == "attacker")
     model = in_precision(view, args.dtype, device)
-    verify = None if args.dtype == "fp32" else in_precision(attacker_view(net), "fp32", device)
+    verify = None if args.dtype == "fp32" else in_precision(view, "fp32", device)
     workers = data.loader_workers(args.workers, images, world)
 
     # The ledger's name changes with everything that can change a verdict
@@ -568,7 +561,7 @@ def main():
     def progress(search, step, n_steps, n_undecided):
         nonlocal last_line
         now = time.monotonic()
-        n = n_done + len(y) * share_done(attack.searches, search, step, n_steps)
+        n = n_done + len(y) * share_done(attack.searches, search, step, n_steps)  # y: of the loop below
         eta = duration((now - began) / n * (len(remaining) - n)) if n > 0 else "?"
         text = (f"{n_done}/{len(remaining)} images | {search} step {step}/{n_steps}, {n_undecided} open"
                 f" | {duration(now - began)} | eta {eta}")
@@ -583,11 +576,11 @@ def main():
     batches = data.eval_batches(images, torch.tensor(remaining, dtype=torch.long), batch_size,
                                 workers=workers, device=device)
     for index, x, y in batches:
-        with sentences():
+        with exit_on_value_error():
             _, report = attack.search(model, x, y, index=index, **arguments)
-        for warning in first_of_each_reason(report["warnings"]):
+        for warning in report["warnings"]:
             if not warning.startswith("masked gradients"):  # judged below, over all images
-                ledger.write({"warning": warning})
+                ledger.write({"warning": f"{warning} (in a batch of {len(y)})"})
         for line in verdict_lines(args.attack, index, y, report):
             ledger.write(line)
         n_done += len(y)
@@ -607,7 +600,8 @@ def main():
         lines += rank_lines
         warnings += rank_warnings
         n_timed += n_measured
-    counts = tally(lines, numbers.get("steps"), attack.searches)
+    pgd_steps = numbers["steps"] if args.attack == "pgd" else None
+    counts = tally(lines, pgd_steps, attack.searches)
     warnings = first_of_each_reason(warnings_of(lines, counts, images.classes) + warnings)
 
     # The report: what was measured with which numbers, what was counted, and where it comes from
@@ -627,12 +621,10 @@ def main():
             **counts, "n_timed": n_timed, "interval": wilson(counts["n_robust"], counts["n"]),
             "warnings": warnings, "ledger": name, "images": fingerprint, "code": code,
             "seconds": seconds, "processes": world, "device": device_name(device),
-            "commit": None, "torch": None, "train": None}
-        if run.train_args is not None:  # of the training run
-            report["commit"] = run.train_args.get("commit")
-            report["torch"] = run.train_args.get("torch")
-            of_training = ("seed", "epochs", "batch_size", "lr", "eps", "step_size", "steps",
-                           "smooth_backward")
+            "torch": torch.__version__, "train": None}
+        if run.train_args is not None:
+            of_training = ("commit", "torch", "seed", "epochs", "batch_size", "lr", "eps", "step_size",
+                           "steps", "smooth_backward")
             report["train"] = {key: run.train_args.get(key) for key in of_training}
         keeps_earlier = earlier["n"] > counts["n"]  # a look at fewer images does not replace it
         if not keeps_earlier and not ledger.obstacle:
@@ -652,3 +644,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         raise SystemExit("\nstopped; the same command goes on (without --fresh)")
+    except RuntimeError as error:  # torch raises it wherever the process is when a worker dies
+        if "DataLoader worker" not in str(error):
+            raise
+        raise SystemExit(f"{error}; is there enough memory? Use fewer --workers")

@@ -1,5 +1,5 @@
 """
-Doubt a robustness number, compare runs, count what they cost, and draw (SAT, arXiv:2006.14536).
+Doubt a robustness number, compare runs, measure what they cost, draw figures (SAT, arXiv:2006.14536).
 
 Can a robustness number be trusted? The checks of SAT Sec. 6 and more, each with a verdict:
 $ python sanity.py report --out out
@@ -17,7 +17,7 @@ $ python sanity.py curves out/relu out/silu  # runs over their epochs
 $ python sanity.py scatter out/*/eval/*.json  # clean and robust accuracy of many nets, Figs. 3 and 4
 $ python sanity.py forest silu.json elu.json  # the results of several `compare --json`
 
-`report` exits with 1 if a doubt FAILs or it cannot run, else with 2 if one is UNSURE, else with 0.
+`report` exits with 1 if a doubt FAILs or it cannot run, else with 3 if one is UNSURE, else with 0.
 
 Keys: SAT is the paper. CA is Carlini et al. 2019 (arXiv:1902.06705), whose advice SAT Sec. 6 follows.
 """
@@ -25,7 +25,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import time
 from functools import cache, partial
 from pathlib import Path
@@ -65,7 +64,7 @@ def search(net, index, x, y, eps, step_size, steps, restarts=1, seed=0):
 
 
 def last_iterates(net, index, x, y, eps, step_size, steps):
-    """PGD from the same starts, without a search, eps and step_size in 1/255 -> as x."""
+    """PGD from the same starts, without a search; eps and step_size in 1/255 -> x_adv."""
     noise = random_start(x, eps / 255, seed=0, index=index)
     return pgd(net, x, y, eps=eps / 255, step_size=step_size / 255, steps=steps, noise=noise)
 
@@ -84,8 +83,6 @@ def open_run(args, limit):
     run.images = data.load(run.data, run.data_dir, train=False, res=run.res, classes=run.classes,
                            device=run.device)
     run.net = evaluate.open_net(run, len(run.images.classes), run.device)
-    if run.taken:
-        say(run.taken)
     members = data.subset(run.images.n, args.limit or limit)
     workers = data.loader_workers(None, run.images, 1)
     run.n = len(members)
@@ -113,7 +110,7 @@ def other_net(path, run):
     else:  # a file that does not name its network: assume that of `run`
         for name in evaluate.NETWORK_FLAGS:
             flags[name] = getattr(run, name)
-    with train.sentences():
+    with train.exit_on_value_error():
         return evaluate.load(path, run.device, num_classes=len(run.images.classes), **flags)
 
 
@@ -144,7 +141,7 @@ def judge(n_bad, n, warn, fail):
 
 
 class Doubt(NamedTuple):
-    """A share of images that should be small, or large."""
+    """A claim that some share of images is small, or large."""
 
     what: str
     bound: str  # "at most" or "at least" `warn`
@@ -181,8 +178,8 @@ class Curve(NamedTuple):
 
 
 # The doubts about one batch, by topic. Their bounds are our judgement: the robust net of
-# results/shapes-report.log is within them, the overfitted one of results/shapes-early-stop-report.log is
-# not. [right] makes it a share of the images that the net gets right; all others are of all images
+# results/shapes-report.log is within them, the overfitted one of results/shapes-early-stop-report.log
+# is not. hit[which] is a share of the images `which` alone, such as those that the net gets right
 
 STEPS = 200  # of the PGD that is doubted
 MARKS = (0, 1, 5, 10, 20, 50, 100, STEPS)  # iterations to report
@@ -227,7 +224,7 @@ def doubts_about_the_model(net, x, y):
 
 
 def doubts_about_iterations(run, index, x, y, x_adv, report):
-    """Do more steps fool more images (SAT Sec. 6), up to convergence? x_adv, report: of PGD-200."""
+    """Do more steps fool more images (SAT Sec. 6), until PGD converges? x_adv, report: of PGD-200."""
     right = report["clean"] == y
     robust = report["robust"]  # right, and never fooled
     step = report["step"]  # of the iterate that fools; -1 if none does
@@ -370,7 +367,7 @@ def all_doubts(run, surrogate=None, normal=None):
 
 
 def report(args):
-    """All doubts about one net as verdicts, a line each. Exits with 1 on a FAIL, else 2 on an UNSURE."""
+    """All doubts about one net as verdicts, a line each. Exits with 1 on a FAIL, else 3 on an UNSURE."""
     run = open_run(args, limit=256)
     began = time.monotonic()
     surrogate = other_net(args.surrogate, run) if args.surrogate else None
@@ -391,15 +388,16 @@ def report(args):
     if "FAIL" in verdicts:
         raise SystemExit(1)
     if "UNSURE" in verdicts:
-        raise SystemExit(2)
+        raise SystemExit(3)  # argparse exits with 2
 
 
 # What runs have written: reports and logs
 
-# Fields of a report: equal in all runs of a comparison; recorded in args.json too; in every report
+# Fields of a report. SETTING: the attack's; runs are compared only where these are equal
 SETTING = ("attack", "eps", "step_size", "steps", "restarts", "last_iterate", "seed", "smooth_backward",
            "dtype")
-NETWORK = ("arch", "act", "act_alpha", "res")
+NETWORK = ("arch", "act", "act_alpha", "res")  # in the run's args.json too, with the same values
+# A JSON file without all of these is no report
 IN_REPORTS = {*SETTING, *NETWORK, "n", "n_correct", "n_robust", "hash", "ledger", "images", "code",
               "train"}
 
@@ -411,13 +409,12 @@ def time_of(path):
 def read_reports(paths):
     """Reports of evaluate.py -> [(path, namespace)], oldest first. Other files are left out and named.
 
-    So is a report in a run's folder if its network, resolution or weights are not the run's: those of
-    args.json and model.pt. Without a model.pt, as below results/, the weights of its newest report
-    count.
+    In a run's folder a report counts only if it is about that run: the network of its args.json and the
+    weights of its model.pt or, where that is missing, as below results/, of its newest report.
     """
     found = []
     hashes = {}  # of the weights that the reports of a folder should be about
-    for path in sorted(map(Path, paths), key=time_of, reverse=True):
+    for path in sorted(map(Path, paths), key=time_of, reverse=True):  # the newest sets the hash
         args_path = path.parent.parent / "args.json"
         model = path.parent.parent / "model.pt"
         try:
@@ -436,11 +433,11 @@ def read_reports(paths):
                         hashes[path.parent] = weights_hash(load_file(model))
                 need(report.hash == hashes[path.parent],
                      f"{path} is about other weights than {model}, or than newer reports there")
-        except (SystemExit, ValueError) as reason:
+        except (SystemExit, ValueError) as reason:  # SystemExit: a `need` above, or read_json
             say(f"left out: {reason}")
         else:
-            found.insert(0, (path, report))
-    return found
+            found.append((path, report))
+    return found[::-1]
 
 
 def setting_name(report):
@@ -618,7 +615,7 @@ def read_run(folder):
 
 
 def match_seeds(new, old):
-    """Runs of both sides -> [(new run, old run)] of the same seed. A single pair may differ in it."""
+    """Runs of both sides -> [(new run, old run)], paired by seed; a single pair need not share it."""
     if len(new) == len(old) == 1:
         return [(new[0], old[0])]
     new_seeds = {run.args.get("seed"): run for run in new}
@@ -654,6 +651,8 @@ def verdicts_of(lines):
     if "robust_at" not in lines[0]:
         robust = np.array([line["fooled"] is None for line in lines])
         return {"clean": clean, "robust": clean & robust}
+    # A digit per iterate, 1 where it does not fool. In SAT's protocol the last one decides alone, even
+    # for an image that is wrong when clean
     last = np.array([line["robust_at"].endswith("1") for line in lines])
     every = np.array(["0" not in line["robust_at"] for line in lines])
     return {"clean": clean, "robust (last iterate)": last, "robust (every iterate)": clean & every}
@@ -773,7 +772,7 @@ def compare(args):
         write_json(Path(args.json), found)
 
 
-# What a training step costs, and a whole run
+# What a training step and a whole run cost
 
 IMAGENET_IMAGES = 1281167
 N_WARMUPS = 4  # the first steps are slow: they allocate, tune and compile
@@ -789,7 +788,7 @@ def clock(device):
 def training_step(flags, n_classes, x, y):
     """A function of no arguments: one step of train.py with these flags on the batch x, y."""
     torch.manual_seed(0)
-    with train.sentences():
+    with train.exit_on_value_error():
         net = on_device(train.network(flags, n_classes), x.device)
         attack_model, train_model, _ = train.make_views(net, flags, x.device)
     optimizer, scaler = train.make_optimizer(flags, net, x.device)
@@ -797,14 +796,14 @@ def training_step(flags, n_classes, x, y):
 
 
 def warm_up(step, device):
-    """Take the first steps -> GiB that a step needs on a GPU beside the weights; - on a CPU."""
+    """Take the first steps -> the GPU memory of a step beside the weights, in GiB; "-" on a CPU."""
     torch.cuda.empty_cache()
     bytes_before = torch.cuda.memory_reserved()
     for _ in range(N_WARMUPS):
         step()
     if device.type != "cuda":
         return "-"
-    torch.cuda.empty_cache()  # of what the first steps alone needed
+    torch.cuda.empty_cache()  # drop what only the first steps needed
     torch.cuda.reset_peak_memory_stats()
     step()
     # max_memory_allocated would miss the memory of CUDA graphs
@@ -850,10 +849,9 @@ def cost(args):
     """Time train.py's own step for each activation and number of PGD steps -> what a run costs."""
     flags = args.train
     need(min(args.pgd) >= 0, f"--pgd {min(args.pgd)} is no number of steps; use 0 or more")
-    train.check(flags, 1)
     device, _, _ = open_device(flags.device, flags.dtype)
     torch.backends.cudnn.benchmark = True
-    # By default torch compiles a function 8 times and then runs it eagerly
+    # By default torch compiles a function at most 8 times; after that it runs eagerly
     torch._dynamo.config.recompile_limit = 8 * len(args.acts) * len(args.pgd)
     n_images, n_classes = size_of_data(flags)
     members, _ = data.hold_out(n_images, flags.limit, flags.holdout)
@@ -866,8 +864,9 @@ def cost(args):
         show(f"first steps of {row}")
         act, pgd_steps = row
         # With the usual lr, many steps on one random batch end at zero loss, or at nan
-        own_flags = {**vars(flags), "act": act, "steps": pgd_steps, "lr": 1e-9}
-        steps[row] = training_step(argparse.Namespace(**own_flags), n_classes, x, y)
+        own_flags = argparse.Namespace(**{**vars(flags), "act": act, "steps": pgd_steps, "lr": 1e-9})
+        train.check(own_flags, 1)
+        steps[row] = training_step(own_flags, n_classes, x, y)
         gib[row] = warm_up(steps[row], device)
     seconds = time_in_turns(steps, args.rounds, device)
 
@@ -876,7 +875,7 @@ def cost(args):
         f"{device_name(device)}")
     say("x first: ms/step in units of the first row; GiB: of GPU memory for a step, beside the weights")
     say(f"on 1, 8, 64 such devices: the time of a run of {flags.epochs} epochs of {len(members)} images")
-    say("without loading them and without validation; EFLOPs: its floating-point operations in 1e18")
+    say("without loading, validation and communication; EFLOPs: its floating-point operations in 1e18")
     say("act         PGD  ms/step   img/s  x first     GiB      on 1      on 8     on 64   EFLOPs")
     first = next(iter(seconds.values()))
     flops = forward_flops(flags, n_classes)
@@ -944,7 +943,7 @@ class Figure:
     """A white picture with panels in rows, each width x height units; points are (x, y), y downwards.
 
     boxes: the panels' (left, top, right, bottom). left, above, below: the room around each; beside: the
-    room to the right of all, by default for the legend of `names`.
+    room to the right of all; with `names`, that of their legend.
     """
 
     def __init__(self, n_panels, n_columns, width, height, names=(), left=60, above=60, below=50,
@@ -1067,7 +1066,7 @@ def axes(fig, box, xs, ys, xlabel, ylabel, title, x_marks=None, y_marks=None):
 
 
 def plot(fig, box, lines, xs, xlabel, ylabel, title, least=-math.inf, most=math.inf):
-    """A panel with a line of points [(x, y), ...] in each style, which may have no point yet."""
+    """A panel with one line of points [(x, y), ...] per style; a line may still be empty."""
     heights = [y for line in lines for _, y in line] or [0, 1]
     place = axes(fig, box, xs, span(heights, least, most), xlabel, ylabel, title)
     for i, line in enumerate(lines):
@@ -1128,10 +1127,10 @@ def curves(args):
 # Reports of evaluate.py, clean against robust accuracy: SAT Figs. 3 and 4
 
 def network_name(report):
-    """The network, the main flags of its training, the number of images: what shares a style."""
+    """The network and the main flags of its training; reports of the same name share a style."""
     name = f"{report.arch} {curve_name(report)}, {report.res} px"
     if report.train is None:  # how it was trained is unknown: a style of its own
-        return f"{name}, {report.weights}, n = {report.n}"
+        return f"{name}, {report.weights}"
     recipe = SimpleNamespace(**report.train)
     if recipe.steps == 0:
         name += ", normal"
@@ -1139,7 +1138,7 @@ def network_name(report):
         name += f", PGD-{recipe.steps} eps {recipe.eps:g}"
     if recipe.smooth_backward != "none":
         name += f", smooth backward {recipe.smooth_backward}"
-    return f"{name}, {recipe.epochs} epochs, n = {report.n}"
+    return f"{name}, {recipe.epochs} epochs"
 
 
 def scatter(args):
@@ -1183,12 +1182,7 @@ def read_comparison(path, only):
     measures = [measure for measure in rows if measure.startswith(only)]
     need(len(measures) == 1, f"{path} has {len(measures)} comparisons that begin with {only!r}; choose "
          f"one with --only, the start of its name: {'; '.join(measures or rows)}")
-    measure = measures[0]
-    name = path.stem
-    if "against" not in name:
-        baseline = os.path.commonprefix([Path(folder).name for folder in found["old"]])
-        name += f" against {baseline.rstrip('-_')}"
-    return SimpleNamespace(**rows[measure], name=name, measure=measure)
+    return SimpleNamespace(**rows[measures[0]], name=path.stem, measure=measures[0])
 
 
 def forest(args):
@@ -1296,17 +1290,19 @@ def landscape(args):
             surfaces[name] += surfaces_of(net, run, index, x, y)
 
     shown = np.stack([surfaces[name][0] for name in nets])
-    ends = (shown.min(), shown.max() + 1e-6)  # an axis, even where the loss is the same everywhere
+    # An axis, even where the loss is the same everywhere (in float64: float32 may not resolve 1e-6)
+    ends = (float(shown.min()), float(shown.max()) + 1e-6)
     xs = (-2 * run.eps, 2 * run.eps)
     width = max(260, text_width_of(nets, 13))
     fig = Figure(len(nets), len(nets), width, 260, beside=80)
-    for (left, top, _, bottom), name in zip(fig.boxes, nets):
-        box = (left, top, left + 260, bottom)
+    for (left, top, right, bottom), name in zip(fig.boxes, nets):
+        middle = (left + right) / 2  # of the title, which may be wider than the picture
+        box = (middle - 130, top, middle + 130, bottom)
         axes(fig, box, xs, xs, "attack (1/255)", "random (1/255)", name)
         heat_map(fig, box, surfaces[name][0], ends)
         rough = [roughness(surface) for surface in surfaces[name]]
         words = f"roughness {rough[0]:.2g}"
-        fig.text((left + 130, top - 10), words, colour=GREY)
+        fig.text((middle, top - 10), words, colour=GREY)
         n = len(rough)
         if n > 1:
             half = student_t(n - 1) * np.std(rough, ddof=1) / math.sqrt(n)
@@ -1325,7 +1321,7 @@ def landscape(args):
 def gallery(args):
     """A row for each image: clean, attacked, and their difference magnified."""
     need(args.limit is None or args.limit <= 40,
-         f"--limit {args.limit} is too long for a picture; use 40 at most")
+         f"--limit {args.limit} is too many for one picture; use 40 at most")
     run = open_run(args, limit=6)
     index, x, y = next(run.batches)
     x_adv = last_iterates(run.net, index, x, y, run.eps, run.step_size, run.steps)

@@ -54,7 +54,7 @@ from data import duration, say, show, write_whole
 from models import (MEAN, MODELS, STD, attacker_view, build, in_precision, load_file, on_device,
                     precision, read_state_dict, set_numerics)
 
-# --data picks the defaults of all other flags
+# The defaults that --data picks
 RECIPES = {
     # SAT Sec. 3.1: 100 epochs, x0.1 at 30, 60 and 90, weight decay 1e-4, PGD-1 with eps 4 and step 4;
     # initial weights and weight decay as in the released code
@@ -74,14 +74,14 @@ RECIPES = {
 ENHANCED = dict(wd=1e-5, epochs=200, stochastic_depth=0.2, autoaugment=True, ema=True, early_stop=True)
 
 RUN_FILES = ("args.json", "log.txt", "log.jsonl", "model.pt", "best.pt", "last.pt", "last.prev.pt")
-# What --resume may change, since the result does not depend on it (--init is not read again, and the
-# images below --data-dir are compared by their names)
+# What --resume may change, since the result does not depend on it, rounding aside (--init is not read
+# again, and the images below --data-dir are compared by their names)
 FREE = ("out", "resume", "init", "workers", "device", "compile", "log_every", "save_every", "download",
         "data_dir")
 THIS_PROCESS = ("out", "resume", "device", "download")  # never taken from args.json
 
 # Newer versions of torch warn about arguments that the oldest one we support needs, and about the layout
-# of 1x1 convolutions' gradients in DDP, which costs nothing
+# of 1x1 convolutions' gradients in DDP, which is harmless
 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*|.*barrier.*|.*Grad strides.*")
 
 
@@ -95,7 +95,7 @@ def get_args(argv=None):
         epilog="\n".join(["defaults of each --data:", *recipes]))
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     # data and output
-    p.add_argument("--data", default="imagenet", choices=RECIPES, help="picks all other defaults")
+    p.add_argument("--data", default="imagenet", choices=RECIPES, help="picks the defaults listed below")
     p.add_argument("--data-dir", help="default: data/imagenet, or data for cifar10")
     p.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10")
     p.add_argument("--limit", type=int, help="training images, of one fixed permutation; default: all")
@@ -114,13 +114,14 @@ def get_args(argv=None):
                    help="weights to start from: the released code's, or torch's own for every layer")
     p.add_argument("--dropout", type=float, help="rate; default: 0, with --enhanced the network's own")
     p.add_argument("--stochastic-depth", type=float, default=0.0,
-                   help="the rate towards which EfficientNet's blocks rise")
+                   help="EfficientNet's: the rate of its last block; earlier blocks have less")
     p.add_argument("--bn-eps", type=float, default=1e-5, help="BatchNorm's; torchvision b5-b7: 1e-3")
     p.add_argument("--mean", type=float, nargs=3, default=list(MEAN), help="of R, G and B, in [0, 1]")
     p.add_argument("--std", type=float, nargs=3, default=list(STD), help="their standard deviation")
     p.add_argument("--res", type=int, help="pixels; default: the network's own, cifar10 and shapes 32")
     # optimization
-    p.add_argument("--enhanced", action="store_true", help="Sec. 5.2: dropout, " + ", ".join(ENHANCED))
+    p.add_argument("--enhanced", action="store_true",
+                   help="Sec. 5.2, for EfficientNets: dropout, " + ", ".join(ENHANCED))
     p.add_argument("--epochs", type=int, help="the schedule scales with them")
     p.add_argument("--batch-size", type=int, help="images of one update, over all processes")
     p.add_argument("--accum", type=int, default=1, help="parts a batch is split into, to save memory")
@@ -196,14 +197,14 @@ def wants_gpu(args):
 
 
 def need(condition, sentence):
-    """SystemExit with a sentence: what we got, what we need, what to type."""
+    """SystemExit unless the condition holds; the sentence: what we got, what we need, what to type."""
     if not condition:
         raise SystemExit(sentence)
 
 
 @contextlib.contextmanager
-def sentences():
-    """Turn the ValueError of a module that is no script into SystemExit with the same sentence."""
+def exit_on_value_error():
+    """Turn a library module's ValueError into SystemExit with the same sentence."""
     try:
         yield
     except ValueError as error:
@@ -216,7 +217,7 @@ def flag(name):
 
 
 def check_numbers(args):
-    """SystemExit for a number that is not finite or makes no sense; in every script's flags."""
+    """SystemExit for a flag whose number is not finite or makes no sense; every script calls it."""
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
@@ -245,6 +246,8 @@ def check(args, world):
     n_parts = world * args.accum
     fewer = max(1, args.batch_size // n_parts) * n_parts
     need(args.out.strip(), "--out is empty; name a folder, such as --out out")
+    need(world == 1 or not args.download, "--download is for one process; fetch the data first, with "
+         f"python train.py --data {args.data} --download")
     need(args.batch_size % n_parts == 0,
          f"--batch-size {args.batch_size} does not split over {world} processes x --accum {args.accum}; "
          f"use {fewer} or {fewer + n_parts}")
@@ -266,9 +269,8 @@ def check(args, world):
          "--no-compile")
 
 
-def check_data(args, images, members, held_out, n_steps, world):
-    """SystemExit for flags that these images cannot satisfy."""
-    batch_size = min(args.batch_size, len(members) // world * world)
+def check_data(args, images, held_out, n_steps, batch_size, world):
+    """SystemExit for flags that these images, which allow batches of batch_size, cannot satisfy."""
     need(n_steps > 0 and batch_size // (world * args.accum) >= 2,
          f"a batch of {batch_size} images in {world} processes x --accum {args.accum} has parts of "
          "fewer than two, and BatchNorm needs two; use more images, or a larger --batch-size")
@@ -277,7 +279,7 @@ def check_data(args, images, members, held_out, n_steps, world):
 
 
 def contradictions(saved, given):
-    """Where given flags, {name: value, None if open}, differ from a run's args.json -> clauses."""
+    """Where flags, {name: value, None if not given}, differ from a run's args.json -> clauses."""
     clauses = []
     for name, value in given.items():
         if value is not None and saved.get(name) != value:
@@ -394,7 +396,8 @@ class Run:
         self.rank = rank
         if rank > 0:
             return
-        # Empty files hold no run: the logs are opened, to lock them, before anything else
+        # Empty files hold no run: the logs are opened, to lock them, before anything else. args.json
+        # alone is left by a kill before the first checkpoint (`begin`): such a run starts again
         existing = [name for name in RUN_FILES if (self.out / name).exists()]
         existing = [name for name in existing if (self.out / name).stat().st_size > 0]
         need(not existing or args.resume,
@@ -428,7 +431,7 @@ class Run:
                              "then go on with --resume")
 
     def log_step(self, name, progress, n_steps, sums, lr, seconds, waiting, eta):
-        """A step's log line: means since the last one, from sums (batch_sums) and seconds."""
+        """A step's log line: means since the line before, from its batch_sums and seconds."""
         loss_sum, n_errors, n_seen = sums.tolist()
         loss = loss_sum / n_seen
         error = n_errors / n_seen
@@ -479,7 +482,7 @@ class Run:
         return progress
 
     def checkpoint(self):
-        """last.pt, or where it is damaged or missing last.prev.pt -> its content; None without both."""
+        """What last.pt or, where it is damaged or missing, last.prev.pt holds; None without both."""
         damaged = []
         for path in (self.out / "last.pt", self.out / "last.prev.pt"):
             if path.exists():
@@ -518,11 +521,12 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         except (RuntimeError, KeyError):
-            raise SystemExit(f"{self.out / 'last.pt'} is not of the network in args.json; use another "
-                             "--out")
+            raise SystemExit(f"the checkpoint in {self.out} is not of the network in args.json; use "
+                             "another --out")
         for p, moments in parts["optimizer"].state.items():
             for name, value in moments.items():
-                # The values, not the saved memory layout: a CPU's strides differ from a GPU's
+                # Into p's layout: the saved one differs between a CPU and a GPU, and fused SGD is
+                # silently wrong where the two differ. The shape test leaves AdamW's step count alone
                 if torch.is_tensor(value) and value.shape == p.shape:
                     moments[name] = torch.empty_like(p).copy_(value)
         progress = Progress(**{name: state[name] for name in vars(Progress())})
@@ -531,11 +535,6 @@ class Run:
                      epoch=progress.epoch + 1, step=progress.step)
         return progress
 
-    def command(self, world):
-        """The command that resumes this run, ready to paste."""
-        start = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
-        return f"{start} train.py --resume --out {shlex.quote(str(self.out))}"
-
 
 def init_from(net, path):
     """Take every tensor of --init's file that fits by name and shape -> a sentence for the log.
@@ -543,7 +542,7 @@ def init_from(net, path):
     It names what stays at its initialisation, such as a classifier for other classes.
     """
     wanted = net.state_dict()
-    with sentences():
+    with exit_on_value_error():
         found, _ = read_state_dict(path, wanted)
     for name, own in (("mean", net.mean.cpu()), ("std", net.std.cpu())):
         value = found.pop(name, own)
@@ -554,7 +553,7 @@ def init_from(net, path):
     for name, tensor in found.items():
         if name in wanted and wanted[name].shape == tensor.shape:
             taken[name] = tensor
-    n_weights = sum(tensor.ndim > 0 for tensor in taken.values())  # BatchNorm's 0-d counters fit any
+    n_weights = sum(tensor.ndim > 0 for tensor in taken.values())  # BatchNorm's counters fit any network
     need(n_weights > 0, f"--init {path}: no tensor fits this network by name and shape; use the file's "
          "own --arch")
     net.load_state_dict(taken, strict=False)
@@ -569,16 +568,16 @@ def init_from(net, path):
 
 
 def agree(run, progress, world):
-    """Check that all processes resume at the same place -> the CPU group for any_rank; None for one.
+    """Check that all processes resume at the same place -> a gloo group for any_rank; None if alone.
 
-    A number of processes that has changed is logged. SystemExit if the places differ.
+    A change in the number of processes is logged. SystemExit if the places differ.
     """
     if progress.world != world:
         run.log(f"going on with {world} processes instead of {progress.world}: not bit-exact")
         progress.world = world
     if world == 1:
         return None
-    group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+    group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))  # nccl takes no CPU tensors
     places = [None] * world
     dist.all_gather_object(places, (progress.epoch, progress.step), group=group)
     need(len(set(places)) == 1, f"the processes see different checkpoints in {run.out}, (epoch, step) "
@@ -587,7 +586,7 @@ def agree(run, progress, world):
 
 
 def any_rank(group, *flags):
-    """Which of the flags, bools, is set on any rank -> [bool]."""
+    """For each flag, a bool, whether it is set on any rank -> [bool]."""
     votes = torch.tensor(flags, dtype=torch.int32)
     if group is not None:
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=group)
@@ -616,12 +615,13 @@ def make_views(net, args, device, world=1, kept=None):
     attack_model  the attacker's view: its backward pass computes no weight gradient, even compiled, so
                   an attack step costs as much as 2 forward passes, not 3; outside DDP
     train_model   net itself, in DDP where there are several processes
-    val_model     a frozen view of `kept`, which is validated: net, or with --ema its average
+    val_model     a frozen view of `kept` (net, or with --ema its average), with ReLU's own gradient
     """
     attack_model = attack_view(net, args)
     train_model = net.train()
     if args.compile:
-        # CUDA graphs pay where a step is bound by launches: one process, small images
+        # CUDA graphs pay off where launches bound a step: one process, small images. Not with --accum:
+        # a replay would overwrite the gradients that the part before has left in .grad
         graphs = device.type == "cuda" and world == 1 and args.accum == 1 and args.res <= 64
         attack_model = compiled(attack_model, graphs)
         train_model = compiled(train_model, graphs)
@@ -696,7 +696,7 @@ def parameter_groups(net, wd, decay):
 def batch_sums(logits, y):
     """What is logged of a batch -> (3,) float64: sum of cross-entropy, number of errors and of images.
 
-    The loss here has no label smoothing. All stays on the device, for which a step does not wait.
+    The loss here has no label smoothing. Everything stays on the device: a step does not wait for it.
     """
     loss_sum = F.cross_entropy(logits, y, reduction="none").double().sum()
     n_errors = (logits.argmax(1) != y).sum().double()
@@ -706,7 +706,7 @@ def batch_sums(logits, y):
 
 @torch.no_grad()
 def average_batchnorm_statistics(net, world):
-    """One all-reduce after each step, so that every rank attacks, validates and saves the same network.
+    """One all-reduce after each step: all ranks begin the next with, validate and save the same network.
 
     Differs from SAT: its code keeps one process's statistics.
     """
@@ -734,7 +734,7 @@ def update_ema(ema, net, n_updates):
 def finite_sums(sums, net, progress, lr, out):
     """This epoch's batch_sums over all ranks -> (3,). SystemExit if a loss or a weight is not finite.
 
-    At log lines and saves only: a step does not wait for the device.
+    Called only at log lines and saves: no other step waits for the device.
     """
     total = all_ranks(sums)
     weights_finite = torch.stack([t.isfinite().all() for t in net.state_dict().values()]).all()
@@ -787,6 +787,7 @@ def lr_at(args, epoch, step, n_steps):
         n_drops = sum(now >= share * args.epochs for share in (0.3, 0.6, 0.9))
         decay = 0.1**n_drops
     elif args.schedule == "onecycle":
+        # 1 where the warm-up ends, more before, where min() takes the other; max() if it never ends
         decay = (args.epochs - now) / max(args.epochs - args.warmup_epochs, 1 / n_steps)
     return args.lr * min(warmup, decay)
 
@@ -834,20 +835,17 @@ def main():
     check(args, world)
 
     # Data
-    if args.download and rank == 0:
-        data.load(args.data, args.data_dir, train=True, res=args.res, download=True)
-    if args.download and world > 1:
-        dist.barrier()
     show(f"loading {args.data}")
-    images = data.load(args.data, args.data_dir, train=True, res=args.res, device=device)
+    images = data.load(args.data, args.data_dir, train=True, res=args.res, device=device,
+                       download=args.download)
     members, held_out = data.hold_out(images.n, args.limit, args.holdout)
-    n_steps = len(data.epoch_batches(members, 0, args.seed, args.batch_size, world))
-    check_data(args, images, members, held_out, n_steps, world)
+    n_steps, batch_size = data.epoch_batches(members, 0, args.seed, args.batch_size, world).shape
+    check_data(args, images, held_out, n_steps, batch_size, world)
     workers = data.loader_workers(args.workers, images, world)
 
     # The network (its first weights depend on the seed alone) and the models made of it
     torch.manual_seed(args.seed)
-    with sentences():
+    with exit_on_value_error():
         net = on_device(network(args, len(images.classes)), device)
     kept_net = net  # what is validated and kept: the network, or the average of its weights
     if args.ema:
@@ -868,11 +866,11 @@ def main():
         if args.ema:
             kept_net.load_state_dict(net.state_dict())
         progress = run.begin(args, facts, parts, world)
-        if taken:
+        if taken:  # not before: Run refuses a folder that has a log and no checkpoint
             run.log(taken)
     size = sum(p.numel() for p in net.parameters()) / 1e6
     run.log(f"{args.arch} {args.act}, {size:.2f}M parameters; {args.data}, {len(members)} images, "
-            f"{len(held_out)} held out; {n_steps} steps of {min(args.batch_size, len(members))}; "
+            f"{len(held_out)} held out; {n_steps} steps of {batch_size}; "
             f"{args.dtype} on {world} {device_name(device)}")
     cpu_group = agree(run, progress, world)
 
@@ -941,7 +939,7 @@ def main():
                     last_save = time.monotonic()
                 if stop:
                     run.log(f"stopped at epoch {progress.epoch + 1}, step {progress.step}; go on with "
-                            f"{run.command(world)}")
+                            "the same command and --resume")
                     raise SystemExit(75)  # EX_TEMPFAIL in sysexits.h
 
         # The epoch is over. The held-out images decide which weights are the best, and whether
@@ -970,7 +968,6 @@ def main():
         progress.step = 0
         sums.zero_()
         if is_last or progress.ended:
-            progress.sums = sums.tolist()
             run.save_checkpoint(parts, progress)
 
     took = duration(time.monotonic() - began)
