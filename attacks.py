@@ -676,7 +676,8 @@ def autoattack(model, x, y, eps, index=None, seed=0, verify=None, attacks=STANDA
     check_labels(logits, y)
     clean = predict(logits)
     robust = clean == y
-    warnings = not_logits(logits) + random_logits(logits, forward(judge, x))
+    warnings = not_logits(logits)
+    warnings += random_logits(logits, forward(judge, x))
     forwards = torch.full_like(y, 2)
     if any(name != "square" for name in attacks):  # Square's model may have no gradient
         _, grad = search_gradient(model, x, objective)

@@ -333,7 +333,8 @@ def draw_shapes(n, res, train):
         moved_y = (row + 0.5) * 2 / res - 0.85 - 0.3 * top
         u = (moved_x * turn.cos() - moved_y * turn.sin()) / size
         v = (moved_y * turn.cos() + moved_x * turn.sin()) / size
-        edge = torch.stack(distances(u, v))[y[index], torch.arange(len(index))]  # (N, res, res)
+        of_every_shape = torch.stack(distances(u, v))  # (10, N, res, res)
+        edge = of_every_shape[y[index], torch.arange(len(index))]  # (N, res, res)
         inside = (0.5 - edge * size * res / 2).clamp(0, 1)  # an edge about one pixel wide, not jagged
 
         # Its colour, the ground it stands on, the grating over both, and noise
@@ -569,7 +570,7 @@ def from_workers(dataset, requests, workers, pin_memory=False):
     was killed. Tensors are stacked in shared memory, in the worker: where it is full, that raises.
     """
     loader = DataLoader(dataset, batch_sampler=requests, num_workers=workers, pin_memory=pin_memory,
-                        worker_init_fn=leave_session, timeout=3600 if workers else 0,
+                        worker_init_fn=leave_session,
                         generator=torch.Generator())  # or it would advance torch's global one
     batches = iter(loader)
     try:
@@ -581,7 +582,7 @@ def from_workers(dataset, requests, workers, pin_memory=False):
         if "shared memory" in text:
             raise SystemExit(f"no room in /dev/shm for the batches of {workers} workers; use fewer "
                              "--workers, a smaller --batch-size, or docker run --shm-size 8g") from None
-        if text.startswith("DataLoader"):  # a worker has ended, or is silent
+        if text.startswith("DataLoader"):  # a worker has died
             raise SystemExit(f"{text}; is there enough memory? Use fewer than --workers "
                              f"{workers}") from None
         raise
@@ -646,8 +647,9 @@ def shrink(source, target, short, workers):
         show(f"{n_there + n_done}/{len(paths)} pictures | {time_left} left")
     for line in unreadable:
         say(f"skipped {line}")
-    say(f"{len(paths) - len(unreadable)} of {len(paths)} pictures are in {target}; {len(unreadable)} "
-        "unreadable")
+    n_unreadable = len(unreadable)
+    n_written = len(paths) - n_unreadable
+    say(f"{n_written} of {len(paths)} pictures are in {target}; {n_unreadable} unreadable")
     return 1 if unreadable else 0
 
 

@@ -864,7 +864,10 @@ def cost(args):
         show(f"first steps of {row}")
         act, pgd_steps = row
         # With the usual lr, many steps on one random batch end at zero loss, or at nan
-        own_flags = argparse.Namespace(**{**vars(flags), "act": act, "steps": pgd_steps, "lr": 1e-9})
+        own_flags = argparse.Namespace(**vars(flags))
+        own_flags.act = act
+        own_flags.steps = pgd_steps
+        own_flags.lr = 1e-9
         train.check(own_flags, 1)
         steps[row] = training_step(own_flags, n_classes, x, y)
         gib[row] = warm_up(steps[row], device)
