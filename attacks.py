@@ -356,10 +356,10 @@ def pgd_search(model, x, y, eps, step_size, steps, index=None, restarts=1, seed=
       forwards       (N,) int64: forward passes spent on the image
       warnings       [str], each "reason: sentence"
 
-    `last_iterate` is SAT's protocol: every image takes all steps from one start, x_adv is the last
-    iterate, robust its verdict, whatever x's is, and robust_at (N, steps + 1) bool the verdict of every
-    iterate; restart and step stay -1. ValueError as `check_arguments` and `check_labels`, and for
-    last_iterate with restarts.
+    `last_iterate` is SAT's protocol: every image takes all steps from one start, even if x is wrong.
+    Then x_adv is the last iterate, robust (N,) bool means that this one is right, whether or not x is,
+    and robust_at (N, steps + 1) bool says the same of every iterate; restart and step stay -1.
+    ValueError as `check_arguments` and `check_labels`, and for last_iterate with restarts.
     """
     check_arguments(model, x, y, eps, step_size, steps, restarts, verify=verify)
     if last_iterate and restarts > 1:
@@ -527,8 +527,9 @@ def to_hyperplane(x, w, gap, iterations=6):
     Every pixel moves by `reach`, or less where the box stops it. As reach grows, the box stops more and
     more pixels, so |<w, step>| grows ever more slowly: it is concave. Newton's method solves |<w, step>|
     = |gap| for reach, and from 0 it never overshoots. FAB finds the same reach by sorting the pixels.
-    Six iterations are exact in float32 up to 95% of what the box can gain; beyond, reach falls a little
-    short. Where no point of the box gains as much as gap, the step goes to the corner that gains most.
+    Six iterations are exact in float32 up to 95% of what the box can gain, for gradients as networks
+    have them; beyond, or with weights of very different sizes, reach falls a little short. Where no
+    point of the box gains as much as gap, the step goes towards the corner that gains most.
     """
     gap = gap.nan_to_num(0, 0, 0)  # logits that are not finite define no plane
     direction = w.sign() * per_image(gap.sign())
@@ -671,13 +672,13 @@ def autoattack(model, x, y, eps, index=None, seed=0, verify=None, attacks=STANDA
     def objective(logits):
         return cross_entropy(logits, y)
 
-    judge = verify or model  # called twice: two models of different precision would look random
+    judge = verify or model
     logits = forward(judge, x)
     check_labels(logits, y)
     clean = predict(logits)
     robust = clean == y
     warnings = not_logits(logits)
-    warnings += random_logits(logits, forward(judge, x))
+    warnings += random_logits(logits, forward(judge, x))  # twice the judge: model may be less precise
     forwards = torch.full_like(y, 2)
     if any(name != "square" for name in attacks):  # Square's model may have no gradient
         _, grad = search_gradient(model, x, objective)

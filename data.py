@@ -37,8 +37,8 @@ from attacks import uniform
 
 BICUBIC = T.InterpolationMode.BICUBIC  # in every resize, as in SAT's code, except in shrink:
 LANCZOS = T.InterpolationMode.LANCZOS  # there bicubic would change evaluation's pixels more
-# attacks.uniform(seed, index, counter, shape) draws the numbers that belong to an image; draws differ in
-# their counter. APGD's counters begin with 1 too, but it never attacks training images
+# The first word of augmentation's counter in attacks.uniform. APGD's is 1 too, so training image i and
+# test image i share some numbers, which does no harm; another word would change every crop and flip
 AUGMENT = 1
 SHAPES_SEED = -1  # every other seed is 0 or more, so nothing else draws the pictures' numbers again
 PAD = 4  # zeros around an image in memory, of which a random crop takes a part
@@ -231,7 +231,7 @@ def find_pictures(root):
                     left_out.append(f"{folder / name} (its name does not end like a picture's)")
     for error in errors:
         left_out.append(f"{error.filename} ({reason(error)})")
-    if left_out and root.exists():
+    if left_out and root.exists():  # if it does not, the caller says so
         say(f"left out files or folders: {len(left_out)}, e.g. {left_out[-1]}")
     return [os.path.normpath(os.path.join(folder, name)) for _, folder, name in sorted(found)]
 
@@ -273,11 +273,11 @@ def shapes(folder, train, res, download):
 
 DATA_SETS = {
     "imagenet": DataSpec(imagenet, "data/imagenet", res=None, least_res=32, most_res=4096,
-                        small_input=False, eps=4, step_size=1, steps=200, eval_batch=256),
+                        small_input=False, eps=4.0, step_size=1.0, steps=200, eval_batch=256),
     "cifar10": DataSpec(cifar10, "data", res=32, least_res=32, most_res=32, small_input=True,
-                       eps=8, step_size=2, steps=50, eval_batch=512, can_download=True),
+                       eps=8.0, step_size=2.0, steps=50, eval_batch=512, can_download=True),
     "shapes": DataSpec(shapes, "", res=32, least_res=16, most_res=1024, small_input=True,
-                      eps=8, step_size=2, steps=50, eval_batch=512),
+                      eps=8.0, step_size=2.0, steps=50, eval_batch=512),
 }
 
 
@@ -476,7 +476,7 @@ def seeded(seed, function, *arguments):
 
 
 def to_rgb(picture):
-    """8 bits a channel. Pillow's own convert clips 16-bit grey to white and cuts 0.5 down to 0."""
+    """8 bits a channel. Pillow's own convert clips 16-bit grey to white, floats in [0, 1] to black."""
     # In mode I, PNG and PPM hold 16 bits; a TIFF holds 32 and is refused below
     sixteen_bits = picture.mode == "I" and picture.format in ("PNG", "PPM")
     if sixteen_bits or picture.mode.startswith("I;16"):

@@ -12,7 +12,7 @@ An image counts as robust if it is classified correctly and no iterate of any re
 SAT's protocol, if the last iterate does not. The verdict depends on the weights, the attack, the image
 and its number; rounding aside, no batch size, order or number of processes changes it. Verdicts are kept
 in a ledger, one JSON line per image, under OUT/eval (eval-NAME for another file of weights). A stopped
-evaluation goes on with the same command; a finished one only checks that the images are the same.
+evaluation goes on with the same command; a finished one, on the same images, only reports again.
 
 Keys: SAT is the paper; its sections are numbered as there.
 """
@@ -51,13 +51,13 @@ class Attack(NamedTuple):
     """What --attack calls, which flags are its own, and the searches that it may consist of.
 
     search: (model, x, y, eps, index, seed, verify, progress, and its own flags) -> x_adv, report. The
-    report has clean, robust, forwards and warnings. With restart and step, robust_at or fooled_by, which
-    it may have too, a ledger line says when or by what the image was fooled.
+    report has clean, robust, forwards and warnings. It may also have restart and step, or fooled_by: a
+    ledger line then holds these, else the attack's name. With robust_at it holds the digits instead.
     """
 
     search: Callable
     flags: tuple = ()
-    searches: dict = {}  # name: its share of the time
+    searches: dict = {}  # name: its share of a batch's time, a guess for the eta; {}: no parts
 
 
 # A new attack is its function, a line here, and in get_args its flags if it has any. A flag that is not
@@ -150,8 +150,8 @@ def make_folder(folder):
 def find_run(args):
     """Network and data: the args.json beside the weights, or flags -> namespace.
 
-    args.json says which network and which data, and nothing about the attack or the numerics: those of
-    training do not count here. SystemExit where something is missing, damaged, or contradicts it.
+    Of args.json only the network and the data count here, not the attack or the numerics of training.
+    SystemExit where something is missing, damaged, or contradicts it.
     """
     folder = Path(args.weights).parent if args.weights else Path(args.out or "out")
     weights = Path(args.weights or folder / "model.pt")
@@ -171,7 +171,7 @@ def find_run(args):
     else:
         need(args.arch and args.act,
              f"--weights {weights} needs the --arch and --act that it was trained with")
-    if not weights.exists() and (folder / "last.pt").exists():
+    if args.weights is None and not weights.exists() and (folder / "last.pt").exists():
         raise SystemExit(f"no {weights} yet, before the first validation; --weights "
                          f"{shlex.quote(str(folder / 'last.pt'))} measures the last checkpoint")
 
@@ -179,16 +179,16 @@ def find_run(args):
     for name in (*NETWORK_FLAGS, "data_dir", "res"):
         value = getattr(args, name)
         setattr(run, name, saved.get(name) if value is None else value)
-    # RUN/eval holds the reports of its model.pt only, those of another file go into RUN/eval-NAME. With
-    # --weights, --out says only where that is: the network comes from beside the weights, or from flags
+    # RUN/eval holds the reports of RUN's model.pt, RUN/eval-NAME those of another file. With --weights,
+    # RUN is --out if given, for reports alone: the network is that beside the weights, or of the flags
     run.reports = Path(args.out or folder) / f"eval-{weights.stem}"
     if weights.resolve() == (run.reports.parent / "model.pt").resolve():
         run.reports = run.reports.with_name("eval")
     run.classes = saved.get("classes")
     run.small_input = saved.get("small_input")
     # Defaults that depend on the data and the network
-    need(str(run.data) in data.DATA_SETS, f"{source} has the unknown data {run.data}; use --data with "
-         f"one of {', '.join(data.DATA_SETS)}")
+    need(str(run.data) in data.DATA_SETS,
+         f"{source} has the unknown data {run.data}; the known are {', '.join(data.DATA_SETS)}")
     data_set = data.DATA_SETS[run.data]
     if run.small_input is None:
         run.small_input = data_set.small_input
@@ -257,9 +257,10 @@ def from_rank_0(value):
 
 # The ledger: one JSON line per image, one file per process
 
-# Of PGD:                {"index": 7, "label": 3, "clean": 3, "forwards": 12, "fooled": [restart, step]}
-# of its last iterate:   {..., "robust_at": "1100"}, one digit per iterate, 1 where it does not fool
-# of all other attacks:  {..., "fooled": "square"}; null where an image is not fooled, here as above
+# Every verdict:         {"index": 7, "label": 3, "clean": 3, "forwards": 12} and one key more,
+# of PGD:                "fooled": [restart, step]; null where an image is not fooled
+# of its last iterate:   "robust_at": "1100", one digit per iterate, 1 where it does not fool
+# of all other attacks:  "fooled": "square", or null
 # beside the verdicts:   {"warning": "reason: sentence"}
 
 def is_ledger_line(line):
@@ -584,7 +585,6 @@ def main():
         for line in verdict_lines(args.attack, index, y, report):
             ledger.write(line)
         n_done += len(y)
-    seconds = round(time.monotonic() - began, 1)
 
     # Counts over all processes
     own_lines = [ledger.verdicts[number] for number in own]
@@ -593,6 +593,7 @@ def main():
     if world > 1:
         every_rank = [None] * world
         dist.all_gather_object(every_rank, own_part)
+    seconds = round(time.monotonic() - began, 1)  # of the slowest process
     lines = []
     warnings = []
     n_timed = 0
@@ -606,26 +607,25 @@ def main():
 
     # The report: what was measured with which numbers, what was counted, and where it comes from
     if rank == 0:
-        path = run.reports / f"{name}.json"
-        earlier = read_json(path) if path.exists() else {"n": 0}
-        if n_timed == 0 and earlier["n"] == counts["n"]:
-            # Nothing was measured now: the time is that of the earlier report
-            seconds = earlier.get("seconds", seconds)
-            n_timed = earlier.get("n_timed", counts["n"])
         report = {
             "weights": str(run.weights), "hash": digest, "arch": run.arch, "act": run.act,
             "act_alpha": run.act_alpha, "bn_eps": run.bn_eps, "mean": run.mean, "std": run.std,
             "data": run.data, "res": run.res, "attack": args.attack, "eps": eps, "steps": None,
             "step_size": None, "restarts": None, "last_iterate": False, **numbers, "seed": args.seed,
             "smooth_backward": args.smooth_backward, "dtype": args.dtype,
-            **counts, "n_timed": n_timed, "interval": wilson(counts["n_robust"], counts["n"]),
-            "warnings": warnings, "ledger": name, "images": fingerprint, "code": code,
-            "seconds": seconds, "processes": world, "device": device_name(device),
-            "torch": torch.__version__, "train": None}
+            **counts, "interval": wilson(counts["n_robust"], counts["n"]), "warnings": warnings,
+            "ledger": name, "images": fingerprint, "code": code, "n_timed": n_timed, "seconds": seconds,
+            "processes": world, "device": device_name(device), "torch": torch.__version__,
+            "train": None}
         if run.train_args is not None:
             of_training = ("commit", "torch", "seed", "epochs", "batch_size", "lr", "eps", "step_size",
                            "steps", "smooth_backward")
             report["train"] = {key: run.train_args.get(key) for key in of_training}
+        path = run.reports / f"{name}.json"
+        earlier = read_json(path) if path.exists() else {"n": 0}
+        if n_timed == 0 and earlier["n"] == counts["n"]:  # nothing was measured now
+            for key in ("n_timed", "seconds", "processes", "device", "torch"):
+                report[key] = earlier.get(key)
         keeps_earlier = earlier["n"] > counts["n"]  # a look at fewer images does not replace it
         if not keeps_earlier and not ledger.obstacle:
             write_json(path, report)

@@ -183,7 +183,7 @@ def round_width(width):
 
 
 class SqueezeExcitation(nn.Module):
-    """A gate in (0, 1) for each channel, computed from the mean image."""
+    """A gate in (0, 1) for each channel, computed from the means of all channels over the positions."""
 
     def __init__(self, width, squeezed, act):
         super().__init__()
@@ -460,7 +460,8 @@ def flatten(content, prefix=""):
         elif torch.is_tensor(value):
             tensors[whole_name] = value
         elif name in NORMALISATION and isinstance(value, (list, tuple)):
-            tensors[whole_name] = torch.tensor(value)
+            if all(isinstance(number, float) for number in value):
+                tensors[whole_name] = torch.tensor(value)
     return tensors
 
 
@@ -469,11 +470,15 @@ def shapes_of(tensors):
 
 
 def below(prefix, tensors, wanted):
-    """The tensors under a prefix, by their names without it, except counters that `wanted` lacks."""
+    """The tensors under a prefix, by their names without it.
+
+    Weights that `wanted` lacks stay in, for the caller to refuse or to report; other tools' counters go:
+    integers such as n_averaged, and a profiler's floats of shape (1,), such as total_ops.
+    """
     found = {}
     for whole_name, tensor in tensors.items():
         name = whole_name.removeprefix(prefix)
-        is_weight = tensor.is_floating_point() and tensor.shape != (1,)  # a profiler's counters are (1,)
+        is_weight = tensor.is_floating_point() and tensor.shape != (1,)
         if whole_name.startswith(prefix) and (name in wanted or is_weight):
             found[name] = tensor
     return found
@@ -488,8 +493,11 @@ def best_prefixes(tensors, wanted):
         if whole_name.endswith(first_name):
             prefix = whole_name.removesuffix(first_name)
             found = below(prefix, tensors, wanted)
-            n_fitting[prefix] = len(shapes_of(found).items() & wanted_shapes.items())
+            fitting = shapes_of(found).items() & wanted_shapes.items()
+            n_fitting[prefix] = sum(shape != () for _, shape in fitting)  # a counter fits any network
     most = max(n_fitting.values())
+    if most == 0:
+        return [""]  # the caller refuses what is there
     return [prefix for prefix in n_fitting if n_fitting[prefix] == most]
 
 

@@ -58,13 +58,16 @@ def logits_of(net, x):
 
 
 def search(net, index, x, y, eps, step_size, steps, restarts=1, seed=0):
-    """`pgd_search` with eps and step_size in 1/255 -> x_adv, its report."""
+    """`pgd_search`, where an image stops at the first iterate that fools -> x_adv, its report.
+
+    eps and step_size in 1/255. x_adv is x where no iterate fools.
+    """
     return pgd_search(net, x, y, eps=eps / 255, step_size=step_size / 255, steps=steps, index=index,
                       restarts=restarts, seed=seed)
 
 
 def last_iterates(net, index, x, y, eps, step_size, steps):
-    """PGD from the same starts, without a search; eps and step_size in 1/255 -> x_adv."""
+    """PGD from the same starts, all steps for every image; eps and step_size in 1/255 -> x_adv."""
     noise = random_start(x, eps / 255, seed=0, index=index)
     return pgd(net, x, y, eps=eps / 255, step_size=step_size / 255, steps=steps, noise=noise)
 
@@ -414,7 +417,7 @@ def read_reports(paths):
     """
     found = []
     hashes = {}  # of the weights that the reports of a folder should be about
-    for path in sorted(map(Path, paths), key=time_of, reverse=True):  # the newest sets the hash
+    for path in sorted(map(Path, paths), key=time_of, reverse=True):  # newest first
         args_path = path.parent.parent / "args.json"
         model = path.parent.parent / "model.pt"
         try:
@@ -427,10 +430,11 @@ def read_reports(paths):
                     need(content[name] == saved.get(name),
                          f"{path} is about {name} {content[name]}, the run has {saved.get(name)}")
                 if path.parent not in hashes:
-                    hashes[path.parent] = report.hash
                     # eval/ is about model.pt; eval-NAME/ is about another file of weights
                     if path.parent.name == "eval" and model.exists():
                         hashes[path.parent] = weights_hash(load_file(model))
+                    else:
+                        hashes[path.parent] = report.hash  # the newest report's
                 need(report.hash == hashes[path.parent],
                      f"{path} is about other weights than {model}, or than newer reports there")
         except (SystemExit, ValueError) as reason:  # SystemExit: a `need` above, or read_json
@@ -1181,7 +1185,9 @@ def read_comparison(path, only):
     rows = {}
     for row in found["comparisons"]:
         setting = row["setting"].replace(", last iterate", "")  # `what` says which iterate counts
-        rows[f"{row['what']}, {setting}"] = row
+        measure = f"{row['what']}, {setting}"
+        if measure not in rows or row["n"] > rows[measure]["n"]:  # both protocols have a clean row
+            rows[measure] = row
     measures = [measure for measure in rows if measure.startswith(only)]
     need(len(measures) == 1, f"{path} has {len(measures)} comparisons that begin with {only!r}; choose "
          f"one with --only, the start of its name: {'; '.join(measures or rows)}")

@@ -870,6 +870,8 @@ class TestWeights(TemporaryFolder):
             "too few": (too_few, "e.g. fc.bias"),
             "too many": ({**self.weights, "fc.gain": torch.ones(10)}, "e.g. fc.gain"),
             "another network": (small("resnet20").state_dict(), "does not fit .*layer1.1"),
+            "other names": ({f"net.{n}.{name}": tensor for n, (name, tensor) in
+                             enumerate(self.weights.items())}, "does not fit this network: .* differ"),
             "other classes": (build("resnet8", num_classes=1000, small_input=True).state_dict(),
                               "some.pt has 1000 classes and the data 10; use"),
             "another curve": (small(act="smoothrelu").state_dict(), "does not fit .*act.beta"),

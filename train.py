@@ -62,7 +62,7 @@ RECIPES = {
                      initial="sat", decay="weights", eps=4, step_size=4, holdout=10000, val_every=1,
                      log_every=50),
     # SAT Sec. 7 names network and attack; the schedule is near Wong et al.'s (arXiv:2001.03994). With
-    # the initial weights of ImageNet the first epochs stay at chance (results/recipes.log)
+    # initial="sat" the first epoch stays near chance, 14% instead of 22% (results/recipes.log)
     "cifar10": dict(arch="resnet18", act="silu", epochs=15, schedule="onecycle", batch_size=128, lr=0.2,
                     wd=5e-4, initial="torch", decay="all", eps=8, step_size=8, holdout=1000, val_every=5,
                     log_every=50),
@@ -217,7 +217,7 @@ def flag(name):
 
 
 def check_numbers(args):
-    """SystemExit for a flag whose number is not finite or makes no sense; every script calls it."""
+    """SystemExit for a flag whose number is not finite or makes no sense; evaluate.py calls it too."""
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
@@ -332,7 +332,7 @@ def listen():
 
     def ask(number, frame):
         if not stop_asked.is_set():
-            os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
+            os.write(2, b"\nstopping at the next check; Ctrl-C again ends at once\n")
         stop_asked.set()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -396,13 +396,13 @@ class Run:
         self.rank = rank
         if rank > 0:
             return
-        # Empty files hold no run: the logs are opened, to lock them, before anything else. args.json
-        # alone is left by a kill before the first checkpoint (`begin`): such a run starts again
+        # Not the empty ones: a start that fails later leaves its logs empty, opened only to lock them
         existing = [name for name in RUN_FILES if (self.out / name).exists()]
         existing = [name for name in existing if (self.out / name).stat().st_size > 0]
         need(not existing or args.resume,
              f"{self.out} holds a run ({', '.join(existing)}); go on with --resume, or in another --out")
         can_go_on = "last.pt" in existing or "last.prev.pt" in existing
+        # args.json alone is left by a kill before the first checkpoint (`begin`): it starts again
         need(can_go_on or existing in ([], ["args.json"]),
              f"{self.out} holds a run ({', '.join(existing)}) and no checkpoint to go on from; start "
              "again in another --out")
@@ -526,8 +526,8 @@ class Run:
         for p, moments in parts["optimizer"].state.items():
             for name, value in moments.items():
                 # Into p's layout: the saved one differs between a CPU and a GPU, and fused SGD is
-                # silently wrong where the two differ. The shape test leaves AdamW's step count alone
-                if torch.is_tensor(value) and value.shape == p.shape:
+                # silently wrong where the two differ. Not for step counts, which have no dimension
+                if torch.is_tensor(value) and value.ndim > 0 and value.shape == p.shape:
                     moments[name] = torch.empty_like(p).copy_(value)
         progress = Progress(**{name: state[name] for name in vars(Progress())})
         if progress.epoch < args.epochs and not progress.ended:
@@ -544,8 +544,13 @@ def init_from(net, path):
     wanted = net.state_dict()
     with exit_on_value_error():
         found, _ = read_state_dict(path, wanted)
+    # A foreign file may hold its normalisation; of a run's model.pt, args.json has it
+    args_file = Path(path).parent / "args.json"
+    saved = read_json(args_file) if args_file.exists() else {}
     for name, own in (("mean", net.mean.cpu()), ("std", net.std.cpu())):
-        value = found.pop(name, own)
+        value = found.pop(name, None)
+        if value is None:
+            value = torch.tensor(saved.get(name, own.flatten().tolist())).view(3, 1, 1)
         numbers = " ".join(f"{number:g}" for number in value.flatten().tolist())
         need(torch.allclose(value, own), f"--init {path} was trained with another normalisation; add "
              f"{flag(name)} {numbers}")
@@ -787,7 +792,8 @@ def lr_at(args, epoch, step, n_steps):
         n_drops = sum(now >= share * args.epochs for share in (0.3, 0.6, 0.9))
         decay = 0.1**n_drops
     elif args.schedule == "onecycle":
-        # 1 where the warm-up ends, more before, where min() takes the other; max() if it never ends
+        # A line through 1 at the end of the warm-up; before that it is above 1 and min() takes `warmup`.
+        # max(): a warm-up as long as the run would divide by 0
         decay = (args.epochs - now) / max(args.epochs - args.warmup_epochs, 1 / n_steps)
     return args.lr * min(warmup, decay)
 
@@ -839,6 +845,7 @@ def main():
     images = data.load(args.data, args.data_dir, train=True, res=args.res, device=device,
                        download=args.download)
     members, held_out = data.hold_out(images.n, args.limit, args.holdout)
+    # Fewer images than --batch-size make one smaller batch: its real size is read off epoch 0's
     n_steps, batch_size = data.epoch_batches(members, 0, args.seed, args.batch_size, world).shape
     check_data(args, images, held_out, n_steps, batch_size, world)
     workers = data.loader_workers(args.workers, images, world)
@@ -859,7 +866,7 @@ def main():
     if args.ema:
         parts["ema"] = kept_net
     facts = dict(classes=images.classes, n_images=images.n, names=images.names_hash(),
-                 small_input=data.DATA_SETS[args.data].small_input)
+                 small_input=data.DATA_SETS[args.data].small_input)  # for evaluate.py, not --resume
     progress = run.resume(args, facts, parts) if args.resume else None
     if progress is None:
         taken = init_from(net, args.init) if args.init else ""
@@ -967,7 +974,7 @@ def main():
         progress.epoch += 1
         progress.step = 0
         sums.zero_()
-        if is_last or progress.ended:
+        if is_last or progress.ended:  # progress.sums is stale here; no epoch follows that reads it
             run.save_checkpoint(parts, progress)
 
     took = duration(time.monotonic() - began)
