@@ -303,7 +303,7 @@ def doubts_from_other_attacks(run, index, x, y, robust):
     by_apgd = torch.tensor([name == "apgd-ce" for name in fooled_by], dtype=torch.bool, device=y.device)
     by_square = torch.tensor([name == "square" for name in fooled_by], dtype=torch.bool, device=y.device)
     yield of_all(by_apgd), Doubt(
-        "robust, but not to APGD", "at most", warn=0.05, fail=0.15,
+        "robust, but not to APGD-CE", "at most", warn=0.05, fail=0.15,
         why="PGD stops short; quote AutoAttack")
     yield of_all(by_square), Doubt(
         "robust to both, not to Square", "at most", warn=0.03, fail=0.1,
