@@ -9,10 +9,11 @@ SAT's protocol (arXiv:2006.14536), here on 8 GPUs and for weights from elsewhere
 $ torchrun --nproc_per_node=8 evaluate.py --last-iterate --weights FILE --arch resnet50 --act silu
 
 An image counts as robust if it is classified correctly and no iterate of any restart fools the model; in
-SAT's protocol, if the last iterate does not. The verdict depends on the weights, the attack, the image
-and its number; rounding aside, no batch size, order or number of processes changes it. Verdicts are kept
-in a ledger, one JSON line per image, under OUT/eval (eval-NAME for another file of weights). A stopped
-evaluation goes on with the same command; a finished one, on the same images, only reports again.
+SAT's protocol, if the last iterate is classified correctly, even where the image itself is not. The
+verdict depends on the weights, the attack, the image and its number; rounding aside, no batch size,
+order or number of processes changes it. Verdicts are kept in a ledger, one JSON line per image, under
+OUT/eval (eval-NAME for another file of weights). A stopped evaluation goes on with the same command; a
+finished one, on the same images, only reports again.
 
 Keys: SAT is the paper; its sections are numbered as there.
 """
@@ -50,9 +51,9 @@ from train import (check_numbers, contradictions, device_name, exit_on_value_err
 class Attack(NamedTuple):
     """What --attack calls, which flags are its own, and the searches that it may consist of.
 
-    search: (model, x, y, eps, index, seed, verify, progress, and its own flags) -> x_adv, report. The
-    report has clean, robust, forwards and warnings. It may also have restart and step, or fooled_by: a
-    ledger line then holds these, else the attack's name. With robust_at it holds the digits instead.
+    search: (model, x, y, eps, index, seed, verify, progress, and its own flags) -> x_adv, report, as of
+    `autoattack` or `pgd_search`. The report's robust_at, else its restart and step, else its fooled_by
+    go into the ledger (`verdict_lines`); where it has none of these, the attack's name does.
     """
 
     search: Callable
@@ -74,7 +75,7 @@ NETWORK_FLAGS = ("data", "arch", "act", "act_alpha", "bn_eps", "mean", "std")
 
 def add_common_flags(p):
     """The flags that sanity.py has too: which net, which images, how far the attack may go, where."""
-    p.add_argument("--out", help="a run's folder: its model.pt, network and data; default: out")
+    p.add_argument("--out", help="a run's folder; default: out. With --weights, only reports go there")
     p.add_argument("--weights", help="a state dict; the rest: args.json beside it, or these flags")
     p.add_argument("--data", choices=data.DATA_SETS, help="default: the run's, or imagenet")
     p.add_argument("--data-dir", help="default: the run's, or data/imagenet, or data")
@@ -83,7 +84,7 @@ def add_common_flags(p):
     p.add_argument("--act-alpha", type=float, help="the curve's parameter; default: the run's")
     p.add_argument("--bn-eps", type=float, help="default: the run's; torchvision's b5 to b7: 1e-3")
     p.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"),
-                   help="of pixels in [0, 1], for the network; default: the run's, or ImageNet's")
+                   help="of pixels in [0, 1]; default: the run's, or ImageNet's; the file's own wins")
     p.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="the same")
     p.add_argument("--res", type=int, help="pixels; default: the run's, or the network's own")
     p.add_argument("--limit", type=int, help="images: the first of one fixed permutation")
@@ -179,8 +180,8 @@ def find_run(args):
     for name in (*NETWORK_FLAGS, "data_dir", "res"):
         value = getattr(args, name)
         setattr(run, name, saved.get(name) if value is None else value)
-    # RUN/eval holds the reports of RUN's model.pt, RUN/eval-NAME those of another file. With --weights,
-    # RUN is --out if given, for reports alone: the network is that beside the weights, or of the flags
+    # Reports on the folder's model.pt go to eval, on another file to eval-NAME. The folder is --out, or
+    # where the weights lie
     run.reports = Path(args.out or folder) / f"eval-{weights.stem}"
     if weights.resolve() == (run.reports.parent / "model.pt").resolve():
         run.reports = run.reports.with_name("eval")
@@ -237,10 +238,10 @@ def load(path, device="cpu", num_classes=1000, **flags):
 
 
 def code_digest():
-    """A hex digest of the syntax trees that decide a verdict: docstrings count, comments do not.
+    """A hex digest of the code that decides a verdict: an edit of it starts a new ledger.
 
-    Versions of Python write a tree differently. This file is not among them: it calls them and counts.
-    After an edit here that changes verdicts, use --fresh.
+    Docstrings count, comments do not; another version of Python may also start a new ledger. This file
+    does not count: after an edit here that changes verdicts, use --fresh.
     """
     parts = (activations, models, attacks, data.eval_transform, data.to_rgb)
     trees = [ast.dump(ast.parse(inspect.getsource(part))) for part in parts]
@@ -474,12 +475,13 @@ def report_lines(report):
         steps = report["steps"]
         marks = [k for k in (0, 1, 2, 5, 10, 20, 50, 100) if k < steps] + [steps]
         after = [f"{k}: {100 * report['robust_after'][k] / n:.2f}%" for k in marks]
-        yield "after     " + "  ".join(after)
+        of_first = "  (first restart)" if report["restarts"] > 1 else ""
+        yield "after     " + "  ".join(after) + of_first
     for name, n_fooled in report.get("fooled_by", {}).items():
         yield f"{name:<9} {-100 * n_fooled / n:6.2f}%  {n_fooled} fooled"  # minus: accuracy it costs
     part = ""
     if report["n_timed"] < n:  # the other verdicts were in the ledger
-        part = f" for the {report['n_timed']} images measured now"
+        part = f" for the {report['n_timed']} images measured last"
     yield (f"cost      {report['forwards']} forwards, {duration(report['seconds'])}{part} on "
            f"{report['processes']} x {report['device']}")
     for warning in report["warnings"]:

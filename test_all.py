@@ -3548,7 +3548,7 @@ class TestEvaluateInput(EvaluateCase):
                 (f"{alone} --act silu --smooth-backward attacker", "ReLU"),
                 ("--eps nan", "--eps nan is out of range"),
                 ("--step-size 0", "--step-size 0 is no attack"),
-                ("--eps 300", "eps is 1.17"),
+                ("--eps 300", "--eps 300 is out of range"),
                 ("--restarts 2 --last-iterate", "restarts is 2.*restarts=1"),
                 ("--attack apgd --steps 0", "--steps is a flag of --attack pgd"),
                 ("--attack apgd --last-iterate", "--last-iterate is a flag of --attack pgd"),

@@ -80,9 +80,9 @@ FREE = ("out", "resume", "init", "workers", "device", "compile", "log_every", "s
         "data_dir")
 THIS_PROCESS = ("out", "resume", "device", "download")  # never taken from args.json
 
-# Newer versions of torch warn about arguments that the oldest one we support needs, and about the layout
-# of 1x1 convolutions' gradients in DDP, which is harmless
-warnings.filterwarnings("ignore", message=".*broadcast_buffers.*|.*barrier.*|.*Grad strides.*")
+# Newer versions of torch warn about broadcast_buffers, which the oldest one we support needs, and about
+# the layout of 1x1 convolutions' gradients in DDP, which is harmless
+warnings.filterwarnings("ignore", message=".*broadcast_buffers.*|.*Grad strides.*")
 
 
 # Flags
@@ -114,7 +114,7 @@ def get_args(argv=None):
                    help="weights to start from: the released code's, or torch's own for every layer")
     p.add_argument("--dropout", type=float, help="rate; default: 0, with --enhanced the network's own")
     p.add_argument("--stochastic-depth", type=float, default=0.0,
-                   help="EfficientNet's: the rate of its last block; earlier blocks have less")
+                   help="EfficientNet's: a block's rate is this times the share of blocks before it")
     p.add_argument("--bn-eps", type=float, default=1e-5, help="BatchNorm's; torchvision b5-b7: 1e-3")
     p.add_argument("--mean", type=float, nargs=3, default=list(MEAN), help="of R, G and B, in [0, 1]")
     p.add_argument("--std", type=float, nargs=3, default=list(STD), help="their standard deviation")
@@ -223,8 +223,9 @@ def check_numbers(args):
             continue
         if name in ("dropout", "stochastic_depth", "label_smoothing", "clean_start"):
             need(0 <= value <= 1, f"{flag(name)} {value} is not a fraction; use 0 to 1")
-        elif name in ("holdout", "save_every", "warmup_epochs", "wd", "eps", "step_size", "steps",
-                      "workers", "seed"):
+        elif name in ("eps", "step_size"):
+            need(0 <= value <= 255, f"{flag(name)} {value:g} is out of range; use 0 to 255")
+        elif name in ("holdout", "save_every", "warmup_epochs", "wd", "steps", "workers", "seed"):
             need(0 <= value < math.inf, f"{flag(name)} {value} is out of range; use 0 or more")
         else:
             need(0 < value < math.inf, f"{flag(name)} {value} is out of range; use more than 0")
@@ -263,10 +264,9 @@ def check(args, world):
          "--no-early-stop")
     need(wants_gpu(args) or not args.compile or args.dtype != "bf16",
          "--compile with --dtype bf16 gave NaN gradients on a CPU; use --dtype fp32 or --no-compile")
-    has_compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-    need(has_compiler or not args.compile,
-         "--compile needs a C++ compiler, and neither g++ nor clang++ is here; install one, or use "
-         "--no-compile")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as in torch
+    need(not args.compile or shutil.which(compiler),
+         f"--compile needs a C++ compiler, and {compiler} is not here; install it, or use --no-compile")
 
 
 def check_data(args, images, held_out, n_steps, batch_size, world):
@@ -544,7 +544,8 @@ def init_from(net, path):
     wanted = net.state_dict()
     with exit_on_value_error():
         found, _ = read_state_dict(path, wanted)
-    # A foreign file may hold its normalisation; of a run's model.pt, args.json has it
+    # mean and std are in no state dict: read_state_dict adds them where a foreign file has them, and a
+    # run has them in its args.json
     args_file = Path(path).parent / "args.json"
     saved = read_json(args_file) if args_file.exists() else {}
     for name, own in (("mean", net.mean.cpu()), ("std", net.std.cpu())):
@@ -634,6 +635,7 @@ def make_views(net, args, device, world=1, kept=None):
         device_ids = [device] if device.type == "cuda" else None
         train_model = DistributedDataParallel(train_model, device_ids=device_ids,
                                               broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Not train_model: `update` needs DDP itself, and sets the precision around it
     attack_model = in_precision(attack_model, args.dtype, device)
     val_model = in_precision(attacker_view(kept or net), args.dtype, device)
     return attack_model, train_model, val_model
@@ -666,7 +668,8 @@ def check_compiled(args, net, attack_model, x, y):
 
     x = x.tensor_split(args.accum)[0]
     y = y.tensor_split(args.accum)[0]
-    # A CUDA graph warms up, then records; the third call is the first replay, here of other images
+    # A CUDA graph warms up, then records; the third call is the first to replay it. The first two get
+    # other images, so that a replay that ignores its input is caught
     for _ in range(2):
         gradient(attack_model, x.flip(0), y.flip(0))
     grad = gradient(attack_model, x, y)[:8]
@@ -711,7 +714,7 @@ def batch_sums(logits, y):
 
 @torch.no_grad()
 def average_batchnorm_statistics(net, world):
-    """One all-reduce after each step: all ranks begin the next with, validate and save the same network.
+    """One all-reduce after each step gives all ranks the same BatchNorm statistics: their mean.
 
     Differs from SAT: its code keeps one process's statistics.
     """
