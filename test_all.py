@@ -41,15 +41,13 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
 
 import data
 import evaluate
 import models
 import sanity
 import train
-from activations import ACTIVATIONS, SmoothReLU, make_act
+from activations import ACTIVATIONS, ReLU, SmoothReLU, make_act
 from attacks import (SQUARE, STANDARD, apgd, autoattack, ball, cross_entropy, fab, input_gradient,
                      logit_of, masked_gradients, pgd, pgd_search, random_start, search_gradient,
                      square, targeted_dlr, to_hyperplane, uniform)
@@ -402,9 +400,6 @@ class TestActivations(TensorCase):
         self.assertLess(value_error.max(), tolerance)
         self.assertLess(slope_error.max(), tolerance)
 
-    def test_every_curve_has_a_formula_here(self):
-        self.assertEqual({name for name, _ in CURVES}, set(ACTIVATIONS))
-
     def test_the_alphas_are_the_papers_by_default(self):
         for name, alpha in CURVES[:len(ACTIVATIONS)]:
             with self.subTest(name):
@@ -428,18 +423,6 @@ class TestActivations(TensorCase):
                         act = make_act(name, alpha).to(weight_dtype)
                         self.assert_closed_form(name, alpha, act, x.to(dtype), tolerance=0.01)
 
-    def test_all_slopes_are_continuous_but_those_of_relu_and_of_elu_with_another_alpha(self):
-        around_zero = torch.tensor([-1e-9, 1e-9], dtype=torch.float64)
-        for name, alpha in CURVES:
-            with self.subTest(name, alpha=alpha):
-                act = make_act(name, alpha).double()
-                _, slope = with_slope(act, around_zero)
-                jump = (slope[1] - slope[0]).abs()
-                if name == "relu" or (name == "elu" and alpha != 1):
-                    self.assertGreater(jump, 0.4)
-                else:
-                    self.assertLess(jump, 1e-5)
-
     def test_smoothrelus_gradients_in_x_and_beta_are_finite_differences(self):
         act = SmoothReLU(9.0).double()  # its parameter is beta: alpha = beta**2 + 0.001
         x = torch.tensor([-2, -0.1, 0.05, 0.3, 1, 7], dtype=torch.float64, requires_grad=True)
@@ -458,19 +441,13 @@ class TestActivations(TensorCase):
                 self.assertGreater(act.alpha.item(), 0)
                 self.assertTrue(act.beta.grad.isfinite())
 
-    def test_smooth_backward_keeps_relus_values_to_the_bit(self):
+    def test_smooth_backward_keeps_relus_values_to_the_bit_and_sends_back_a_sigmoid(self):
         edges = torch.tensor([0.0, -0.0, math.inf, -math.inf, 1e-40, -1e-40, 6e4])
-        x = torch.cat([torch.linspace(-30, 30, 4001), edges])
         for dtype, bits in ((torch.float32, torch.int32), (torch.float16, torch.int16)):
             with self.subTest(dtype=dtype):
-                value = make_act("relu", smooth_backward=True)(x.to(dtype))
-                self.assert_same(value.view(bits), F.relu(x.to(dtype)).view(bits))
-
-    def test_smooth_backward_sends_back_a_sigmoid(self):
-        for dtype in (torch.float32, torch.float16):
-            with self.subTest(dtype=dtype):
-                x = torch.linspace(-30, 30, 4001, dtype=dtype, requires_grad=True)
+                x = torch.cat([torch.linspace(-30, 30, 4001), edges]).to(dtype).requires_grad_()
                 value = make_act("relu", smooth_backward=True)(x)
+                self.assert_same(value.detach().view(bits), F.relu(x.detach()).view(bits))
                 value.backward(torch.full_like(x, 3))
                 self.assert_same(x.grad, 3 * torch.sigmoid(10 * x))
 
@@ -554,14 +531,6 @@ class TestModels(TensorCase):
                 scale = expected.abs().max()
                 self.assertGreater((expected[0] - expected[1]).abs().max(), 1e-3 * scale)  # it sees x
                 self.assert_close(logits, expected, delta=1e-5 * scale)
-
-    def test_another_mean_and_deviation_normalise_inside_but_are_no_weights(self):
-        x = torch.rand(2, 3, 32, 32)
-        net = small(mean=(0.1, 0.2, 0.3), std=(1, 2, 3)).eval()
-        plain = small(mean=(0, 0, 0), std=(1, 1, 1)).eval()
-        x_normalised = torchvision.transforms.functional.normalize(x, (0.1, 0.2, 0.3), (1, 2, 3))
-        self.assert_same(net(x), plain(x_normalised))
-        self.assertFalse({"mean", "std"} & set(net.state_dict()))
 
     def test_networks_that_torchvision_lacks_have_the_published_number_of_parameters(self):
         for arch, num_classes, millions, room in (
@@ -674,6 +643,7 @@ class TestView(TensorCase):
                           ("LayerNorm", WithLayerNorm())):
             with self.subTest(name):
                 view = attacker_view(net)
+                self.assertFalse(any(p.requires_grad for p in view.parameters()))
                 before = view(self.x)
                 F.cross_entropy(net.train()(self.x), self.y).backward()
                 torch.optim.SGD(net.parameters(), 0.1).step()
@@ -688,52 +658,6 @@ class TestView(TensorCase):
                 view = attacker_view(net)
                 self.assert_differ(net(self.x), net(self.x))
                 self.assert_same(view(self.x), net.eval()(self.x))
-
-    def test_table_1_smooths_the_attacker_or_the_optimizer_and_not_the_other(self):
-        x_adv = {}  # for each pair of (optimizer_is_smooth, attacker_is_smooth)
-        weight_grad = {}
-        for pair in itertools.product((False, True), repeat=2):
-            optimizer_is_smooth, attacker_is_smooth = pair
-            net = small(smooth_backward=optimizer_is_smooth).train()
-            view = attacker_view(net, smooth_backward=attacker_is_smooth)
-            x_adv[pair] = pgd(view, self.x, self.y, eps=8 / 255, step_size=8 / 255, steps=1,
-                              noise=torch.zeros_like(self.x))
-            F.cross_entropy(net(self.x), self.y).backward()
-            weight_grad[pair] = net.conv1.weight.grad
-        for is_smooth in (False, True):
-            self.assert_same(x_adv[False, is_smooth], x_adv[True, is_smooth])
-            self.assert_same(weight_grad[is_smooth, False], weight_grad[is_smooth, True])
-        self.assert_differ(x_adv[False, False], x_adv[False, True])
-        self.assert_differ(weight_grad[False, False], weight_grad[True, False])
-
-
-class TestCompile(TensorCase):
-    def n_weight_gradients(self, net):
-        """How many convolutions compute their weight's gradient when a compiled net is attacked."""
-        graphs = []
-
-        def keep(graph, example_inputs):
-            graphs.append(graph)
-            return make_boxed_func(graph)
-
-        torch._dynamo.reset()
-        backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
-        model = torch.compile(net, backend=backend, fullgraph=True, dynamic=False)
-        pgd(model, torch.rand(4, 3, 16, 16), torch.arange(4), eps=0.1, step_size=0.1, steps=1)
-        _, backward_graph = graphs
-        n = 0
-        for node in backward_graph.graph.nodes:
-            if node.target is torch.ops.aten.convolution_backward.default:
-                _, of_weight, _ = node.args[-1]  # which gradients it computes: x, weight, bias
-                n += of_weight
-        return n
-
-    def test_the_compiled_view_is_one_graph_that_computes_no_weight_gradient(self):
-        self.addCleanup(torch._dynamo.reset)
-        net = small().eval()
-        self.assertEqual(self.n_weight_gradients(attacker_view(net)), 0)
-        self.assertEqual(self.n_weight_gradients(attacker_view(net, smooth_backward=True)), 0)
-        self.assertEqual(self.n_weight_gradients(net), 9)  # what the view saves
 
 
 class TestNumerics(TensorCase):
@@ -845,6 +769,7 @@ class TestWeights(TemporaryFolder):
             "normalisation as lists": ({"net": self.weights, "mean": [0.5] * 3, "std": [0.2] * 3},
                                        "from net, mean 0.5 .*, std 0.2"),
             "counters of a profiler": (self.weights | {"total_ops": torch.ones(1)}, "^$"),
+            "a stray counter": (self.weights | {"n_seen": torch.tensor(3)}, "^$"),
             "Sequential": (of_sequential, "taken from 1, mean 0.5 .*, std 0.2"),
             "robustness": ({"model": of_robustness}, "module.model, mean 0.5 .*, std 0.2"),
         }
@@ -906,13 +831,6 @@ class TestWeights(TemporaryFolder):
         line = line.replace("python", shlex.quote(sys.executable), 1)
         subprocess.run(line, shell=True, check=True, cwd=self.root)
         self.assertEqual(load_weights(self.net, self.root / "weights.pt"), "")
-
-    def test_the_hash_changes_with_any_weight_or_buffer(self):
-        hashes = {weights_hash(self.net.state_dict())}
-        for tensor in (self.net.fc.bias, self.net.bn1.running_var):
-            tensor.data[0] += 1e-3
-            hashes.add(weights_hash(self.net.state_dict()))
-        self.assertEqual(len(hashes), 3)
 
 
 # attacks
@@ -1016,7 +934,7 @@ def with_wrong_slope(logits, factor):
 
 
 def constant_model(x):
-    """Four classes, the first one for every image, with a slope of 0."""
+    """Four classes, the first one for every image, slope 0: Square always starts from its stripes."""
     return torch.tensor([3.0, 2.0, 1.0, 0.0]) + 0 * x.flatten(1)[:, :4]
 
 
@@ -1050,15 +968,16 @@ def plain_apgd(start, eps, losses, slopes):
     iterates = []
     conditions = {}
     step_size = 2 * eps
-    last = 0  # the last checkpoint, and whether the step was halved there
+    last = 0  # the last checkpoint; whether the step was halved there, and the highest loss by then
     halved = True
+    highest = None
     for k in range(len(losses)):
         iterates.append(x[k])
         best = max(range(k + 1), key=losses.__getitem__)  # the first of the highest
         if k in (22, 41, 57, 70, 80, 87, 93, 99):
             n_up = sum(losses[i + 1] > losses[i] for i in range(last, k))
             too_few = n_up <= 0.75 * (k - last)
-            stood_still = not halved and losses[best] == losses_best
+            stood_still = not halved and losses[best] == highest
             conditions[k] = (too_few, stood_still)
             halved = too_few or stood_still
             if halved:
@@ -1067,7 +986,7 @@ def plain_apgd(start, eps, losses, slopes):
                 losses[k] = losses[best]
                 slopes[k] = slopes[best]
             last = k
-            losses_best = losses[best]
+            highest = losses[best]
         ascent = min(max(x[k] + step_size * slopes[k], 0.5 - eps), 0.5 + eps)
         moved = ascent
         if k > 0:
@@ -1094,13 +1013,6 @@ class TestUniform(TensorCase):
                 index = torch.as_tensor(index).view(-1)
                 numbers = uniform(seed, index, counter, (4 // len(index),))
                 self.assertEqual((numbers * 2**24).flatten().tolist(), bits)
-
-    def test_it_belongs_to_the_image_in_any_batch_and_order(self):
-        all_numbers = uniform(3, torch.arange(500), (1, 2), (3, 4))
-        shuffled = torch.randperm(500)
-        for name, index in (("shuffled", shuffled), ("one", shuffled[:1]), ("none", shuffled[:0])):
-            with self.subTest(name):
-                self.assert_same(uniform(3, index, (1, 2), (3, 4)), all_numbers[index])
 
 
 class TestPGD(TensorCase):
@@ -1265,26 +1177,6 @@ class TestPGDSearch(TensorCase):
                     with self.subTest(batch_size=batch_size, image=i):
                         self.assertEqual([report["restart"][k], report["step"][k]], first_fooling)
                         self.assertEqual(report["robust"][k], self.correct[i] and not fooling)
-
-    def test_its_starts_never_change(self):
-        x = torch.full((2, 1, 2, 2), 0.5)
-        model = Recorder(constant_model)
-        pgd_search(model, x, torch.zeros(2).long(), eps=0.25, step_size=0.1, steps=0,
-                   index=torch.tensor([0, 49999]), restarts=2, seed=5)
-        _, first, second = model.calls
-        self.assertEqual(in_units(first), [3334070, 3668134, -106260, 1315669,  # image 0
-                                        3598139, -1572555, 3927204, -3133413])  # image 49999
-        self.assertEqual(in_units(second), [-2726106, 2623300, 1929121, 1432502,
-                                         -817400, 195246, -102932, -3344602])
-
-    def test_x_adv_fools_where_the_report_says_so_and_is_x_elsewhere(self):
-        x_adv, report = self.search(self.net, restarts=2)
-        fooled = report["step"] >= 0
-        self.assertTrue(9 < fooled.sum() < 70)
-        is_wrong = classify(self.net, x_adv) != self.y
-        self.assertTrue(is_wrong[fooled].all())
-        self.assert_same(x_adv[~fooled], self.x[~fooled])
-        self.assert_inside(x_adv, self.x, EPS)
 
     def test_the_last_iterate_is_a_plain_loops_for_all_images(self):
         def wavy(x):
@@ -1474,18 +1366,19 @@ class TestAutoAttack(TensorCase):
 
     def test_the_starts_never_change(self):
         x = torch.full((1, 1, 2, 2), 0.5)
-        y = torch.tensor([0])
-        index = torch.tensor([49999])
-        # One start a target. Each touches the ball: one of its pixels is at ±1/4, 2^22 units
-        for attack, starts in (("apgd-ce", [[2572073, 216998, 4194304, -1361488]]),
-                               ("apgd-t", [[4194304, -238008, -602022, 3926533],
-                                           [-3734772, 78683, 4194304, -3665450],
-                                           [2836240, 3155449, -1455957, 4194304]])):
+        common = dict(x=x, y=torch.tensor([0]), eps=0.25, index=torch.tensor([49999]), seed=5, steps=0)
+        # One start a restart or a target. APGD's touch the ball: one pixel is at ±1/4, 2^22 units
+        for search, starts in (
+                (partial(pgd_search, step_size=0.1, restarts=2),
+                 [[3598139, -1572555, 3927204, -3133413], [-817400, 195246, -102932, -3344602]]),
+                (partial(autoattack, attacks="apgd-ce"), [[2572073, 216998, 4194304, -1361488]]),
+                (partial(autoattack, attacks="apgd-t"),
+                 [[4194304, -238008, -602022, 3926533], [-3734772, 78683, 4194304, -3665450],
+                  [2836240, 3155449, -1455957, 4194304]])):
             model = Recorder(constant_model)
-            autoattack(model, x, y, eps=0.25, index=index, seed=5, attacks=(attack,), steps=0)
-            with self.subTest(attack):
-                self.assertEqual(len(model.calls), 3 + len(starts))  # three on x come first
-                for x_adv, start in zip(model.calls[3:], starts):
+            search(model, **common)
+            with self.subTest(search):
+                for x_adv, start in zip(model.calls[-len(starts):], starts):  # those on x come first
                     units = torch.tensor(in_units(x_adv))
                     self.assert_close(units, torch.tensor(start), delta=3)  # the ball is 2^-23 smaller
 
@@ -1561,7 +1454,7 @@ class TestAutoAttack(TensorCase):
         for name, n_steps in (("apgd-ce", 101), ("apgd-t", 9 * 101), ("fab-t", 9 * 100),
                               ("square", 5001)):
             expected += [(name, step, n_steps, 2) for step in range(n_steps)]
-        self.assertEqual(calls, expected)
+        self.assertTrue(calls == expected)  # a diff of 6,911 calls would take more than ten minutes
         self.assertEqual(report["forwards"].tolist(), 2 * [3 + 101 + 9 * 101 + 9 * 200 + 5001])
 
     def test_no_attack_leaves_a_trace(self):
@@ -1647,21 +1540,16 @@ class TestAutoAttack(TensorCase):
         x = x.to(memory_format=torch.channels_last)  # any strides will do
         y = net(x).argmax(1)
 
-        def nan_slope(x):
-            return with_wrong_slope(net(x), math.nan)
-
-        for slope, model in (("finite", net), ("nan", nan_slope)):
-            seen = Recorder(model)
-            pgd_search(seen, x, y, eps=1e-3, step_size=1e-3, steps=3, index=torch.arange(10))
-            for attack in ("apgd-ce", "apgd-t", "square"):  # FAB leaves the ball on its way
-                run_autoattack(seen, x, y, eps=1e-3, attacks=(attack,), steps=4, queries=9)
-            _, x_adv, _ = run_autoattack(model, x, y, eps=0.1, attacks="fab-t", steps=4)
-            with self.subTest(slope):
-                self.assert_inside(x_adv, x, 0.1)
-                for x_adv in seen.calls:
-                    distances = (x_adv[:, None] - x[None]).abs().amax((2, 3, 4))
-                    own_image = distances.argmin(1)  # which of the images this is an iterate of
-                    self.assert_inside(x_adv, x[own_image], 1e-3)
+        seen = Recorder(net)
+        pgd_search(seen, x, y, eps=1e-3, step_size=1e-3, steps=3, index=torch.arange(10))
+        for attack in ("apgd-ce", "apgd-t", "square"):  # FAB leaves the ball on its way
+            run_autoattack(seen, x, y, eps=1e-3, attacks=(attack,), steps=4, queries=9)
+        for x_adv in seen.calls:
+            distances = (x_adv[:, None] - x[None]).abs().amax((2, 3, 4))
+            own_image = distances.argmin(1)  # which of the images this is an iterate of
+            self.assert_inside(x_adv, x[own_image], 1e-3)
+        _, x_adv, _ = run_autoattack(net, x, y, eps=0.1, attacks="fab-t", steps=4)
+        self.assert_inside(x_adv, x, 0.1)
 
     def test_a_search_goes_on_where_the_slope_is_not_finite(self):
         x = torch.rand(3, 1, 1, 1)
@@ -1736,16 +1624,6 @@ class TestAutoAttack(TensorCase):
             with self.subTest(attack):
                 self.assertEqual(report["clean"].tolist(), [-1, *y[1:]])
                 self.assertTrue(fooled[1:].all())
-
-    def test_an_index_may_be_none_a_list_or_an_array(self):
-        net, index, x, y = half_robust(20)
-        searches = (partial(pgd_search, step_size=EPS, steps=1), partial(autoattack, steps=1, queries=1),
-                    partial(apgd, steps=1), partial(square, queries=1))
-        for search in searches:
-            expected = search(net, x, y, eps=EPS, index=index)
-            for given in (None, index.tolist(), index.numpy()):
-                with self.subTest(search.func.__name__, index=type(given).__name__):
-                    self.assert_same(search(net, x, y, eps=EPS, index=given)[0], expected[0])
 
 
 class TestRefusals(TensorCase):
@@ -2034,13 +1912,6 @@ class TestBatches(TensorCase):
         self.assert_same(y, images.y[index])
         return x[index.argsort()]
 
-    def test_training_pixels_from_memory_never_change(self):
-        images = self.shapes
-        index, x, _ = next(data.train_batches(images, torch.arange(50), 16, 2, seed=1))
-        self.assertEqual(index.tolist()[:5], [44, 9, 0, 25, 40])
-        row = [0, 0, 0, 0, 14, 38, 26, 28, 32, 43, 78, 86, 77, 95, 95, 95]
-        self.assert_close(255 * x[0, 0, 8], torch.tensor(row), delta=1.5)
-
     def test_a_crop_is_that_of_a_plain_loop(self):
         generator = torch.Generator().manual_seed(0)
         x = torch.randint(1, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=generator)
@@ -2186,16 +2057,6 @@ def die(_):
 
 class TestWorkers(TemporaryFolder):
     """No worker outlives its work, and no process waits for a dead one."""
-
-    def test_a_stream_that_is_closed_leaves_no_worker(self):
-        image_folder(self.root)
-        images = data.load("imagenet", self.root, res=32)
-        batches = data.train_batches(images, torch.arange(15), 4, 1000, workers=2)
-        next(batches)
-        workers = [process.pid for process in multiprocessing.active_children()]
-        self.assertEqual(len(workers), 2)
-        batches.close()
-        self.assertEqual(multiprocessing.active_children(), [])
 
     def test_a_worker_has_a_session_of_its_own_that_no_ctrl_c_reaches(self):
         sessions, = data.from_workers(SessionOf(), [[0, 1]], workers=1)
@@ -2478,10 +2339,10 @@ class TestTrainPieces(TensorCase):
             with self.subTest(who), mock.patch("train.attacker_view", keep):
                 views.clear()
                 train.make_views(net, args, torch.device("cpu"))
-                of_attack, of_validation = views
-                self.assertEqual(net.act.smooth_backward, optimizer_is_smooth)
-                self.assertEqual(of_attack.act.smooth_backward, attacker_is_smooth)
-                self.assertFalse(of_validation.act.smooth_backward)
+                expected = (optimizer_is_smooth, attacker_is_smooth, False)
+                for view, is_smooth in zip((net, *views), expected, strict=True):
+                    relus = [m for m in view.modules() if isinstance(m, ReLU)]
+                    self.assertEqual([relu.smooth_backward for relu in relus], 7 * [is_smooth])
 
     def test_a_compiler_that_is_wrong_is_caught_and_one_that_is_right_is_not(self):
         args = flags_of("--data shapes --act silu")
@@ -2574,18 +2435,6 @@ class TrainCase(RunCase):
 class TestRun(TrainCase):
     """What a run does, and what it leaves in its folder."""
 
-    def test_its_files_are_those_of_the_docstring(self):
-        self.assertEqual(set(files_below(a_run())), set(train.RUN_FILES))
-        for name in train.RUN_FILES:
-            self.assertIn(name, train.__doc__)
-
-    def test_the_log_has_the_schedules_learning_rate_at_every_step(self):
-        args = train.get_args(TINY)
-        places = itertools.product(range(3), range(25))  # (epoch, step)
-        expected = [train.lr_at(args, epoch, step, 25) for epoch, step in places]
-        logged = [line["lr"] for line in log_of(a_run(), "step")]
-        np.testing.assert_allclose(logged, expected)
-
     def test_the_loss_and_error_of_an_epoch_are_the_means_of_its_steps(self):
         steps = log_of(a_run(), "step")
         for line in log_of(a_run(), "epoch"):
@@ -2601,13 +2450,6 @@ class TestRun(TrainCase):
         self.assertEqual((saved["n_images"], len(saved["classes"])), (6000, 10))
         self.assertEqual((saved["small_input"], saved["processes"]), (True, 1))
 
-    def test_model_pt_is_the_average_in_float32(self):
-        state = load_file(a_run() / "last.pt")
-        kept = load_file(a_run() / "model.pt")
-        self.assert_same_weights(kept, state["ema"])
-        self.assertEqual({t.dtype for t in kept.values() if t.is_floating_point()}, {torch.float32})
-        self.assert_differ(kept["fc.weight"], state["model"]["fc.weight"])
-
     def test_validation_is_a_plain_pgd_10_on_the_held_out_images_and_the_kept_weights(self):
         net = net_of_a_run()
         images = data.load("shapes", train=True, res=16)
@@ -2622,7 +2464,7 @@ class TestRun(TrainCase):
         self.assertEqual(second["epoch"], 2)
         expected = dict(kind="val", epoch=3, n=40, clean=correct.sum() / 40, robust=robust.sum() / 40)
         self.assertEqual(last, expected)
-        args = train.get_args([*TINY, "--batch-size", "40"])
+        args = train.get_args([*TINY, "--batch-size", "40"])  # all in one batch, as above
         validated = Recorder(net)
         train.validate(args, validated, images, held_out, 0, torch.device("cpu"), rank=0, world=1)
         for iterate, expected in zip(validated.calls, plain.calls):
@@ -2685,7 +2527,7 @@ class TestRunFolder(TrainCase):
             changed = json.dumps(saved | {name: value})
             cases.append(("--resume", words, {"args.json": changed.encode()}))
         for survivor in ("model.pt", "best.pt", "log.txt", "log.jsonl"):
-            emptied = set(train.RUN_FILES) - {"args.json", survivor}
+            emptied = set(train.RUN_FILES) - {"args.json", survivor}  # an empty file counts as absent
             words = f"{survivor}.*no checkpoint to go on from"
             cases.append(("--resume", words, dict.fromkeys(emptied, b"")))
         for flags, words, changes in cases:
@@ -3110,6 +2952,7 @@ class TestEvaluateReport(EvaluateCase):
         expected = dict(n=40, n_correct=n_correct, n_robust=n_robust, robust_after=robust_after,
                         interval=evaluate.wilson(n_robust, 40))
         self.assertEqual(report, report | expected)
+        self.assertLessEqual(sanity.IN_REPORTS, report.keys())
         for name, k in (("clean", n_correct), ("robust", n_robust)):
             self.assertRegex(text, rf"{name} +{100 * k / 40:.2f}% +{k} of 40")
 
@@ -3135,26 +2978,11 @@ class TestEvaluateReport(EvaluateCase):
                                       attacks=names, steps=2, queries=5)
                 n_correct = int((whole["clean"] == self.y).sum())
                 fooled_by = {name: whole["fooled_by"].count(name) for name in names}
+                self.assertLessEqual(sanity.IN_REPORTS, report.keys())
                 self.assertEqual(report["fooled_by"], fooled_by)
                 self.assertEqual(report["n_correct"], n_correct)
                 self.assertEqual(report["n_robust"], n_correct - sum(fooled_by.values()))
                 self.assertEqual(report["forwards"], int(whole["forwards"].sum()))
-
-    def test_a_ledger_line_is_an_image_with_its_verdict(self):
-        report, _ = self.measure("--limit 40 --eps 3 --step-size 1 --steps 3 --seed 5")
-        fooled = self.fooled_by_pgd()[0]
-        clean = classify(self.net, self.x)
-        verdicts = self.verdicts_of(report)
-        self.assertEqual(list(verdicts), self.index.tolist())
-        for row, line in enumerate(verdicts.values()):
-            steps = fooled[:, row].nonzero().flatten().tolist()
-            expected = dict(index=self.index[row], label=self.y[row], clean=clean[row],
-                            fooled=None, forwards=5)  # of the image, the start and three steps
-            if clean[row] != self.y[row]:
-                expected["forwards"] = 1
-            elif steps:
-                expected |= dict(fooled=[0, steps[0]], forwards=2 + steps[0])
-            self.assertEqual(line, expected)
 
     def test_a_new_attack_is_its_function_its_name_and_its_flags(self):
         def corners(model, x, y, eps, index, seed, verify, progress, queries=7):
@@ -3184,15 +3012,6 @@ class TestEvaluateReport(EvaluateCase):
         for line, robust in zip(self.verdicts_of(report).values(), expected["robust"].tolist()):
             is_fooled = line["clean"] == line["label"] and not robust
             self.assertEqual(line["fooled"], "corners" if is_fooled else None)
-
-    def test_the_report_has_the_keys_that_other_scripts_read(self):
-        report, _ = self.measure("--limit 4 --steps 2")
-        for name in ("n n_correct n_robust robust_after forwards attack act act_alpha eps steps weights "
-                     "hash arch data res step_size restarts seed last_iterate smooth_backward dtype "
-                     "mean std interval warnings seconds processes device ledger images code "
-                     "train").split():
-            self.assertIn(name, report)
-        self.assertEqual(report["train"]["seed"], 0)
 
     def test_the_attack_is_the_data_sets_and_not_that_of_the_training(self):
         report, _ = self.measure("--limit 2")
@@ -3277,12 +3096,12 @@ class TestTally(TensorCase):
                                       forwards=22))
 
     def test_of_the_last_iterates_verdicts_the_last_digit_counts_also_where_x_is_wrong(self):
-        lines = [dict(clean=1, label=1, forwards=4, robust_at="101"),
+        lines = [dict(clean=1, label=1, forwards=4, robust_at="001"),
                  dict(clean=0, label=1, forwards=4, robust_at="011"),
                  dict(clean=1, label=1, forwards=4, robust_at="110")]
         counts = evaluate.tally(lines, steps=2)
         self.assertEqual((counts["n_correct"], counts["n_robust"]), (2, 2))
-        self.assertEqual(counts["robust_after"], [2, 2, 2])
+        self.assertEqual(counts["robust_after"], [1, 2, 2])
 
 
 class TestLedger(EvaluateCase):
@@ -3432,11 +3251,12 @@ class TestIdentity(EvaluateCase):
                 self.assertEqual(report[field], "another")
                 names.add(report["ledger"])
         saved = load_file(self.root / "alone.pt")
-        saved["fc.bias"][0] += 1e-3
-        torch.save(saved, self.root / "alone.pt")
-        report, _ = self.measure("", *weights)
-        names.add(report["ledger"])
-        self.assertEqual(len(names), len(different) + 3)
+        for name in ("fc.bias", "bn1.running_var"):
+            saved[name][0] += 1e-3
+            torch.save(saved, self.root / "alone.pt")
+            report, _ = self.measure("", *weights)
+            names.add(report["ledger"])
+        self.assertEqual(len(names), len(different) + 4)
 
     def test_the_codes_digest_is_that_of_the_statements_that_decide_a_verdict(self):
         for file, old, new, changes in (
@@ -3668,19 +3488,10 @@ def mirror_fractions(x):
 class TestReport(TemporaryFolder):
     """Nets whose robustness or masks are known, and what `report` says of them."""
 
-    def assert_caught(self, verdicts, doubts):
-        """These doubts WARN or FAIL, and there is a FAIL among all."""
-        for doubt in doubts:
-            self.assertIn(verdicts[doubt], ("WARN", "FAIL"), f"{doubt}: {verdicts}")
-        self.assertIn("FAIL", verdicts.values())
-
     def test_a_robust_net_passes_every_doubt_on_256_images(self):
         verdicts = verdicts_on(run_of(Straight()), surrogate=Straight(50.0))
         others = {doubt: verdict for doubt, verdict in verdicts.items() if verdict != "PASS"}
         self.assertEqual(others, {"a normal net is robust": "SKIP"})  # there is none to compare with
-
-    def test_a_net_without_a_margin_has_no_robustness(self):
-        self.assert_caught(verdicts_on(run_of(Straight(), 0.001, 0.02)), ["robust"])
 
     def test_a_normal_net_that_withstands_pgd_means_that_pgd_is_weak(self):
         doubts = rows_on(run_of(Straight()), normal=Straight())
@@ -3697,19 +3508,21 @@ class TestReport(TemporaryFolder):
         blind = ["zeros in the input gradient", "robust at eps 64", "fooled by steps 1 to 200",
                  "robust to both, not to Square", "loss rises all the way to x_adv"]
         cases = {
-            "saturated": (Straight(1e7), blind),
-            "quantized": (Straight(before=quantized), blind),
-            "random": (Straight(after=noisy),
+            "saturated": (run_of(Straight(1e7)), blind),
+            "quantized": (run_of(Straight(before=quantized)), blind),
+            "random": (run_of(Straight(after=noisy)),
                        ["two calls differ", "loss rises all the way to x_adv"]),
-            "softmax": (Straight(after=nn.Softmax(1)), ["outputs are not logits"]),
+            "softmax": (run_of(Straight(after=nn.Softmax(1))), ["outputs are not logits"]),
+            "no margin": (run_of(Straight(), 0.001, 0.02), ["robust"]),
+            "overfit to one step": (run_of(Straight(bend=trench), 0.049, 0.051),
+                                    ["withstands PGD-1, PGD-50 too"]),
         }
-        for name, (net, doubts) in cases.items():
+        for name, (run, doubts) in cases.items():
             with self.subTest(name):
-                self.assert_caught(verdicts_on(run_of(net)), doubts)
-
-    def test_overfitting_to_one_step_is_caught(self):
-        verdicts = verdicts_on(run_of(Straight(bend=trench), 0.049, 0.051))
-        self.assert_caught(verdicts, ["withstands PGD-1, PGD-50 too"])
+                verdicts = verdicts_on(run)
+                for doubt in doubts:
+                    self.assertIn(verdicts[doubt], ("WARN", "FAIL"), f"{doubt}: {verdicts}")
+                self.assertIn("FAIL", verdicts.values())
 
     def test_adversarial_images_that_rounding_undoes_are_caught(self):
         run = run_of(Straight(before=mirror_fractions))
@@ -3781,7 +3594,8 @@ def run_folder(root, name, clean, robust_at, seed=0, eps=8, images="pictures", c
     """A run's folder as `compare` reads it: args.json, a log, the report and the ledger of one PGD.
 
     clean (N,) and robust_at (N, steps + 1), bool, are the verdicts. last: whether --last-iterate made
-    it. index: the images' numbers, by default 0 to N - 1. others: what the report says besides.
+    it. index: the images' numbers, by default 0 to N - 1. others: what the report says besides. The
+    curve in args.json is the first word of the name.
     """
     folder = root / name
     (folder / "eval").mkdir(parents=True)
@@ -3831,11 +3645,6 @@ class TestCompare(TemporaryFolder):
         path = self.root / "compared.json"
         text = run_sanity("compare", *new, "--against", *old, "--json", path)
         return text, train.read_json(path)
-
-    def test_students_t_is_the_tables(self):
-        table = {1: 12.706, 2: 4.303, 4: 2.776, 10: 2.228, 30: 2.042, 999: 1.962}
-        for n_free, wanted in table.items():
-            self.assertAlmostEqual(sanity.student_t(n_free), wanted, 3)
 
     def test_the_interval_of_two_nets_holds_the_true_difference_in_95_of_100_comparisons(self):
         for delta in (0, 0.03):
@@ -3901,7 +3710,9 @@ class TestCompare(TemporaryFolder):
     def test_one_run_a_side_is_compared_as_two_networks(self):
         text, written = self.compare(self.folders("silu", [4]), self.folders("relu", [7]))
         self.assertIn("about these two networks, not about the method", text)
-        self.assertEqual({row["verdict"] for row in written["comparisons"]}, {"undecided"})
+        for row in written["comparisons"]:
+            self.assertLess(row["low"], row["high"])
+            self.assertEqual(row["verdict"], "undecided")
 
     def test_ledgers_without_the_last_iterate_have_one_robust_accuracy(self):
         new = self.folders("silu", [0], last=False)
@@ -3988,21 +3799,6 @@ class TestReports(TemporaryFolder):
                 found, text = self.read(*self.folder({}, changed, dict(eps=4)))
                 self.assertEqual(found, ["0", "2"])
                 self.assertRegex(text, "1.json is " + words)
-
-    def test_a_report_without_a_run_beside_it_is_taken_as_it_is(self):
-        for path in self.folder(dict(act="relu")):
-            found, text = self.read(path.rename(self.root / "moved.json"))
-            self.assertEqual((found, text), (["moved"], ""))
-
-    def test_files_that_are_no_reports_are_named_and_left_out(self):
-        for name, content in (("list", "[1]"), ("torn", '{"n": 3'), ("empty", "{}")):
-            path = self.root / f"{name}.json"
-            path.write_text(content)
-            with self.subTest(name):
-                found, text = self.read(path, self.root / "nowhere.json")
-                self.assertEqual(found, [])
-                self.assertRegex(text, f"left out: .*{name}.json")
-                self.assertRegex(text, "left out: .*nowhere.json")
 
     def test_the_table_has_the_newest_report_of_each_attack_on_a_run(self):
         self.folder(dict(n_robust=1), dict(n_robust=2), dict(eps=4, attack="apgd", restarts=None))
@@ -4198,16 +3994,17 @@ class TestPictures(InAnEmptyFolder):
         self.assertEqual([len(call.args[2]) for call in plot.call_args_list], 4 * [len(ACTIVATIONS)])
         self.assertTrue(Path("out/activations.png").exists())
 
-    def log(self, folder, *lines, torn=""):
+    def log(self, folder, *lines):
         """A run's folder with these lines in its log."""
         Path(folder).mkdir()
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        (Path(folder) / "log.jsonl").write_text(text + torn)
+        (Path(folder) / "log.jsonl").write_text(text)
 
     def test_points_are_the_logged_values_and_a_run_that_is_not_validated_has_none_there(self):
         first = dict(kind="epoch", epoch=1, loss=2.0)
         second = dict(kind="epoch", epoch=2, loss=1.0)
-        self.log("validated", first, second, dict(kind="val", epoch=2, clean=0.5, robust=0.25))
+        repeated = dict(second, loss=8.0)  # a run that was resumed logs an epoch twice: the last counts
+        self.log("validated", first, repeated, second, dict(kind="val", epoch=2, clean=0.5, robust=0.25))
         self.log("young", first, second)
         with mock.patch.object(sanity, "plot", wraps=sanity.plot) as plot:
             run_sanity("curves", "validated", "young")
@@ -4216,13 +4013,6 @@ class TestPictures(InAnEmptyFolder):
         self.assertEqual(clean, [[(2, 50)], []])
         self.assertEqual(robust, [[(2, 25)], []])
         self.assertTrue(Path("out/curves.png").exists())
-
-    def test_an_epoch_that_was_run_twice_counts_with_its_last_value_and_a_torn_line_not_at_all(self):
-        self.log("run", dict(kind="epoch", epoch=1, loss=9.0), dict(kind="epoch", epoch=2, loss=8.0),
-                 dict(kind="resume", epoch=2, step=0), dict(kind="epoch", epoch=2, loss=7.0),
-                 torn='{"kind": "epoch", "epo')
-        points = sanity.points_of(sanity.read_log("run"), "epoch", "loss", 1)
-        self.assertEqual(points, [(1, 9.0), (2, 7.0)])
 
     def test_seeds_share_a_style_and_other_recipes_do_not(self):
         first = name_of(evaluation(seed=0))
@@ -4501,13 +4291,14 @@ class TestReadme(TemporaryFolder):
     reproduce = text.partition("## Reproduce")[2].partition("\n## ")[0]
 
     def shell(self):
-        """All that the README lets a shell run: its blocks in order, commands in the text, tables."""
+        """All that the README lets a shell run: its blocks in order, one of which defines `train` and
+        `evaluate`, commands in the text, tables."""
         commands = [block for block in blocks(self.text)
                     if "venv" not in block and (".py" in block or block.startswith("for "))]
         commands += re.findall(r"`((?:python|evaluate|train) [^`]*)`", self.text)
         commands += re.findall(r"\.venv/bin/(python train\.py .*)$", self.text, re.MULTILINE)
         for name, flags, *_ in table_rows(self.reproduce, "| name | flags of train"):
-            if flags.startswith("--"):
+            if flags.startswith("--"):  # not "(of Table 1)", a run that another table trains
                 commands.append(f"train {name} {flags}")
         for name, _, flags, *_ in table_rows(self.reproduce, "| name | flags of train | evaluate with"):
             commands.append(f"evaluate {name} {flags}")
