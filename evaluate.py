@@ -52,13 +52,14 @@ class Attack(NamedTuple):
     """What --attack calls, which flags are its own, and the searches that it may consist of.
 
     search: (model, x, y, eps, index, seed, verify, progress, and its own flags) -> x_adv, report, as of
-    `autoattack` or `pgd_search`. The report's robust_at, else its restart and step, else its fooled_by
-    go into the ledger (`verdict_lines`); where it has none of these, the attack's name does.
+    `autoattack` or `pgd_search`. `verdict_lines` says what of the report goes into the ledger.
     """
 
     search: Callable
     flags: tuple = ()
-    searches: dict = {}  # name: its share of a batch's time, a guess for the eta; {}: no parts
+    # name: its share of a batch's time, a guess for the eta. The report's fooled_by has these names,
+    # and they are counted; {}: the attack has no parts
+    searches: dict = {}
 
 
 # A new attack is its function, a line here, and in get_args its flags if it has any. A flag that is not
@@ -180,16 +181,15 @@ def find_run(args):
     for name in (*NETWORK_FLAGS, "data_dir", "res"):
         value = getattr(args, name)
         setattr(run, name, saved.get(name) if value is None else value)
-    # Reports on the folder's model.pt go to eval, on another file to eval-NAME. The folder is --out, or
-    # where the weights lie
-    run.reports = Path(args.out or folder) / f"eval-{weights.stem}"
-    if weights.resolve() == (run.reports.parent / "model.pt").resolve():
-        run.reports = run.reports.with_name("eval")
+    # Reports on the folder's model.pt go to eval, on another file to eval-NAME
+    home = Path(args.out or folder)
+    is_own = weights.resolve() == (home / "model.pt").resolve()
+    run.reports = home / ("eval" if is_own else f"eval-{weights.stem}")
     run.classes = saved.get("classes")
     run.small_input = saved.get("small_input")
     # Defaults that depend on the data and the network
     need(str(run.data) in data.DATA_SETS,
-         f"{source} has the unknown data {run.data}; the known are {', '.join(data.DATA_SETS)}")
+         f"the data {run.data} is unknown; the known are {', '.join(data.DATA_SETS)}")
     data_set = data.DATA_SETS[run.data]
     if run.small_input is None:
         run.small_input = data_set.small_input
@@ -228,7 +228,7 @@ def load(path, device="cpu", num_classes=1000, **flags):
     for name, value in flags.items():
         if name not in NETWORK_FLAGS:
             raise ValueError(f"load knows no {name}; use {', '.join(NETWORK_FLAGS)}")
-        setattr(args, name, list(value) if isinstance(value, tuple) else value)
+        setattr(args, name, list(value) if isinstance(value, tuple) else value)  # lists, as in args.json
     try:
         run = find_run(args)
         net = open_net(run, len(run.classes or range(num_classes)), device)
@@ -259,9 +259,9 @@ def from_rank_0(value):
 # The ledger: one JSON line per image, one file per process
 
 # Every verdict:         {"index": 7, "label": 3, "clean": 3, "forwards": 12} and one key more,
-# of PGD:                "fooled": [restart, step]; null where an image is not fooled
+# of PGD:                "fooled": [restart, step]; null where none fools, or "clean" is wrong already
 # of its last iterate:   "robust_at": "1100", one digit per iterate, 1 where it does not fool
-# of all other attacks:  "fooled": "square", or null
+# of all other attacks:  "fooled": "square"; null as above
 # beside the verdicts:   {"warning": "reason: sentence"}
 
 def is_ledger_line(line):
@@ -320,7 +320,8 @@ class Ledger:
                 for path in [folder / f"{name}.json", *folder.glob(f"{name}.*.jsonl")]:
                     path.unlink(missing_ok=True)
         self.obstacle = from_rank_0(self.obstacle)
-        need(not fresh or not self.obstacle, self.obstacle)
+        if fresh and self.obstacle:
+            raise SystemExit(self.obstacle)
         self.verdicts, self.warnings = read_ledger(folder, name)
         if dist.is_initialized():
             dist.barrier()  # nobody writes while others read
@@ -551,7 +552,8 @@ def main():
     ledger = Ledger(run.reports, name, rank, args.fresh)
     own = data.subset(images.n, args.limit)[rank::world].tolist()
     remaining = [number for number in own if number not in ledger.verdicts]
-    need(not remaining or not ledger.obstacle, ledger.obstacle)
+    if remaining and ledger.obstacle:
+        raise SystemExit(ledger.obstacle)
     if ledger.verdicts:
         say(f"{len(ledger.verdicts)} verdicts are in {run.reports / name}.*; --fresh starts over")
 

@@ -1946,6 +1946,16 @@ class TestBatches(TensorCase):
                     for tensors, expected_tensors in zip(tail, expected):
                         self.assertTrue(all(map(torch.equal, tensors, expected_tensors)))
 
+    def test_a_stream_moves_nobody_elses_random_numbers(self):
+        for name, images, more in (("autoaugment", self.shapes, {"autoaugment": True}),
+                                   ("files", self.folder, {}),
+                                   ("workers", self.folder, {"workers": 1})):
+            with self.subTest(name):
+                before = torch.get_rng_state()
+                for _ in data.train_batches(images, torch.arange(10), 5, 1, **more):
+                    pass
+                self.assert_same(torch.get_rng_state(), before)
+
     def test_augmentation_belongs_to_the_image_whatever_the_batch_and_the_process(self):
         for name, images in (("shapes", self.shapes), ("files", self.folder)):
             with self.subTest(name):
@@ -3400,7 +3410,7 @@ class TestEvaluateInput(EvaluateCase):
     def test_ctrl_c_ends_evaluate_and_train_with_one_sentence(self):
         self.copy_of_a_run()
         for script, flags, words in ((evaluate, ["--out", str(self.out)], "stopped; the same command"),
-                                     (train, ["--data", "shapes"], "stopped before the first step")):
+                                     (train, ["--data", "shapes"], "stopped before this process")):
             with self.subTest(words), mock.patch("data.load", side_effect=KeyboardInterrupt):
                 with mock.patch.object(sys, "argv", [script.__file__, *flags]):
                     with self.assertRaisesRegex(SystemExit, words):

@@ -523,10 +523,13 @@ class Run:
         except (RuntimeError, KeyError):
             raise SystemExit(f"the checkpoint in {self.out} is not of the network in args.json; use "
                              "another --out")
+        for group in parts["optimizer"].param_groups:
+            if "fused" in group:  # as this device wants it, not as the saved one did
+                group["fused"] = parts["optimizer"].defaults["fused"]
         for p, moments in parts["optimizer"].state.items():
             for name, value in moments.items():
                 # Into p's layout: the saved one differs between a CPU and a GPU, and fused SGD is
-                # silently wrong where the two differ. Not for step counts, which have no dimension
+                # silently wrong where the two differ. Not for a step count: a scalar p has its shape
                 if torch.is_tensor(value) and value.ndim > 0 and value.shape == p.shape:
                     moments[name] = torch.empty_like(p).copy_(value)
         progress = Progress(**{name: state[name] for name in vars(Progress())})
@@ -616,7 +619,7 @@ def attack_view(net, args):
 
 
 def make_views(net, args, device, world=1, kept=None):
-    """Three models; the first two share net's storage, which may not move from here on.
+    """Three models over the storage of net and `kept`, neither of which may move from here on.
 
     attack_model  the attacker's view: its backward pass computes no weight gradient, even compiled, so
                   an attack step costs as much as 2 forward passes, not 3; outside DDP
@@ -868,8 +871,9 @@ def main():
     parts = dict(model=net, optimizer=optimizer, scaler=scaler)
     if args.ema:
         parts["ema"] = kept_net
+    # small_input is for evaluate.py; --resume compares the others
     facts = dict(classes=images.classes, n_images=images.n, names=images.names_hash(),
-                 small_input=data.DATA_SETS[args.data].small_input)  # for evaluate.py, not --resume
+                 small_input=data.DATA_SETS[args.data].small_input)
     progress = run.resume(args, facts, parts) if args.resume else None
     if progress is None:
         taken = init_from(net, args.init) if args.init else ""
@@ -912,7 +916,7 @@ def main():
                 check_compiled(args, net, attack_model, x, y)
 
             # One step. The attack's start, dropout and stochastic depth draw from torch's generator,
-            # seeded anew each step: nothing random needs saving, a resumed run is the same run
+            # seeded anew each step: nothing random needs saving, on a CPU a resumed run is bit-exact
             torch.manual_seed(data.key(args.seed, progress.epoch, progress.step, rank))
             lr = lr_at(args, progress.epoch, progress.step, n_steps)
             for group in optimizer.param_groups:
@@ -991,7 +995,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("stopped before the first step")
+        raise SystemExit("stopped before this process took a step")
     except RuntimeError as error:  # torch raises it wherever the process is when a worker dies
         if "DataLoader worker" not in str(error):
             raise
