@@ -57,8 +57,8 @@ class Attack(NamedTuple):
 
     search: Callable
     flags: tuple = ()
-    # name: its share of a batch's time, a guess for the eta. The report's fooled_by has these names,
-    # and they are counted; {}: the attack has no parts
+    # The parts that report["fooled_by"] and the calls of progress name, each with its share of a
+    # batch's time, a guess for the eta; main counts the images per part. {}: the attack has no parts
     searches: dict = {}
 
 
@@ -243,7 +243,8 @@ def code_digest():
     Docstrings count, comments do not; another version of Python may also start a new ledger. This file
     does not count: after an edit here that changes verdicts, use --fresh.
     """
-    parts = (activations, models, attacks, data.eval_transform, data.to_rgb)
+    # Of data.py what makes pixels of a file: the images' fingerprint sees files by name and size only
+    parts = (activations, models, attacks, data.read_picture, data.to_rgb, data.eval_transform)
     trees = [ast.dump(ast.parse(inspect.getsource(part))) for part in parts]
     return f"{data.key(*trees):016x}"
 
@@ -348,9 +349,10 @@ def verdict_lines(attack, index, y, report):
 
     index, y: (N,) int64, the images' numbers in the whole split and their labels.
     """
-    fooled_by = report.get("fooled_by", [attack] * len(y))
-    if "step" in report:
+    if "step" in report:  # PGD's; -1, -1 where nothing fools
         fooled_by = torch.stack([report["restart"], report["step"]], 1).tolist()
+    else:  # a new attack without parts has no fooled_by: its own name
+        fooled_by = report.get("fooled_by", [attack] * len(y))
     lines = []
     labels = y.tolist()
     clean = report["clean"].tolist()
@@ -480,11 +482,13 @@ def report_lines(report):
         yield "after     " + "  ".join(after) + of_first
     for name, n_fooled in report.get("fooled_by", {}).items():
         yield f"{name:<9} {-100 * n_fooled / n:6.2f}%  {n_fooled} fooled"  # minus: accuracy it costs
-    part = ""
-    if report["n_timed"] < n:  # the other verdicts were in the ledger
-        part = f" for the {report['n_timed']} images measured last"
-    yield (f"cost      {report['forwards']} forwards, {duration(report['seconds'])}{part} on "
-           f"{report['processes']} x {report['device']}")
+    took = duration(report["seconds"])
+    if report["n_timed"] == 0:
+        took = "all in the ledger already"
+    elif report["n_timed"] < n:
+        took += f" for the {report['n_timed']} images measured last"
+    yield (f"cost      {report['forwards']} forwards, {took} on {report['processes']} x "
+           f"{report['device']}")
     for warning in report["warnings"]:
         yield f"warning   {warning}"
 
@@ -629,7 +633,7 @@ def main():
         earlier = read_json(path) if path.exists() else {"n": 0}
         if n_timed == 0 and earlier["n"] == counts["n"]:  # nothing was measured now
             for key in ("n_timed", "seconds", "processes", "device", "torch"):
-                report[key] = earlier.get(key)
+                report[key] = earlier.get(key, report[key])
         keeps_earlier = earlier["n"] > counts["n"]  # a look at fewer images does not replace it
         if not keeps_earlier and not ledger.obstacle:
             write_json(path, report)
