@@ -273,11 +273,11 @@ def shapes(folder, train, res, download):
 
 DATA_SETS = {
     "imagenet": DataSpec(imagenet, "data/imagenet", res=None, least_res=32, most_res=4096,
-                        small_input=False, eps=4.0, step_size=1.0, steps=200, eval_batch=256),
+                        small_input=False, eps=4, step_size=1, steps=200, eval_batch=256),
     "cifar10": DataSpec(cifar10, "data", res=32, least_res=32, most_res=32, small_input=True,
-                       eps=8.0, step_size=2.0, steps=50, eval_batch=512, can_download=True),
+                       eps=8, step_size=2, steps=50, eval_batch=512, can_download=True),
     "shapes": DataSpec(shapes, "", res=32, least_res=16, most_res=1024, small_input=True,
-                      eps=8.0, step_size=2.0, steps=50, eval_batch=512),
+                      eps=8, step_size=2, steps=50, eval_batch=512),
 }
 
 

@@ -546,8 +546,9 @@ def main():
     code = code_digest()
     fingerprint = from_rank_0(images.fingerprint() if rank == 0 else None)
     network = (digest, run.arch, run.act, run.act_alpha, run.bn_eps, run.mean, run.std, run.small_input)
-    identity = data.key(network, code, fingerprint, run.res, eps, numbers, args.smooth_backward,
-                        args.dtype, device.type)
+    exact = {word: float(value) for word, value in dict(numbers, eps=eps).items()}  # 8 is 8.0
+    identity = data.key(network, code, fingerprint, run.res, exact, args.smooth_backward, args.dtype,
+                        device.type)
     name = f"{args.attack}-eps{eps:g}"
     for word, value in numbers.items():
         if value is not False:

@@ -795,8 +795,8 @@ class TestWeights(TemporaryFolder):
             "too few": (too_few, "e.g. fc.bias"),
             "too many": ({**self.weights, "fc.gain": torch.ones(10)}, "e.g. fc.gain"),
             "another network": (small("resnet20").state_dict(), "does not fit .*layer1.1"),
-            "other names": ({f"net.{n}.{name}": tensor for n, (name, tensor) in
-                             enumerate(self.weights.items())}, "does not fit this network: .* differ"),
+            "no shape fits": ({"conv1.weight": torch.ones(5), "block.conv1.weight": torch.zeros(5)},
+                              "does not fit this network: .* differ"),
             "other classes": (build("resnet8", num_classes=1000, small_input=True).state_dict(),
                               "some.pt has 1000 classes and the data 10; use"),
             "another curve": (small(act="smoothrelu").state_dict(), "does not fit .*act.beta"),
@@ -2635,6 +2635,17 @@ class TestResume(TrainCase):
         self.assertIn("going on at epoch 3, step 21", text)
         self.assert_same_run(self.out, a_run())
 
+    def test_a_checkpoint_of_another_device_leaves_the_optimizer_as_this_one_wants_it(self):
+        with before_step(0, 1, terminate):
+            self.train("--limit 64")
+        state = load_file(self.out / "last.pt")
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = True  # as on a GPU
+        torch.save(state, self.out / "last.pt")
+        self.train("--limit 64 --resume")
+        for group in load_file(self.out / "last.pt")["optimizer"]["param_groups"]:
+            self.assertFalse(group["fused"])
+
     def test_a_run_killed_while_it_validates_goes_on_with_the_validation(self):
         flags = "--limit 64 --val-every 1 --save-every 0"
         with mock.patch("train.validate", side_effect=SystemExit("cannot read a held-out image")):
@@ -2770,6 +2781,11 @@ class TestInit(TrainCase):
         _, text, code = self.start_from(saved, "--mean 0.5 0.4 0.3")
         self.assertEqual(code, 75, text)
 
+    def test_init_from_a_run_compares_the_normalisation_in_its_args_json(self):
+        json_file(self.root / "args.json", {"std": [0.5, 0.4, 0.3]})
+        _, _, code = self.start_from(load_file(a_run() / "model.pt"))
+        assert_sentence(self, code, "another normalisation; add --std 0.5 0.4 0.3")
+
     def test_init_from_weights_of_which_nothing_fits_is_refused(self):
         _, _, code = self.start_from({"other.weight": torch.ones(3)})
         assert_sentence(self, code, "--init .*no tensor fits this network")
@@ -2879,6 +2895,7 @@ class TestTwoRanks(TemporaryFolder):
                 report = train.read_json(path)
                 for name in ("n", "n_correct", "n_robust", "robust_after", "ledger"):
                     self.assertEqual(report[name], self.report[name])
+                self.assertEqual(report["processes"], 2 if is_read else 1)  # that took the time
 
     def test_one_image_is_enough_for_two_processes_in_a_second_evaluation_too(self):
         for name in ("first.json", "again.json"):
@@ -2995,7 +3012,7 @@ class TestEvaluateReport(EvaluateCase):
                 self.assertEqual(report["forwards"], int(whole["forwards"].sum()))
 
     def test_a_new_attack_is_its_function_its_name_and_its_flags(self):
-        def corners(model, x, y, eps, index, seed, verify, progress, queries=7):
+        def corners(model, x, y, eps, index, seed, verify, progress, steps=0, queries=7):
             """Random corners of the ball."""
             clean = model(x).argmax(1)
             robust = clean == y
@@ -3011,14 +3028,16 @@ class TestEvaluateReport(EvaluateCase):
         def with_its_flag(argv=None):
             return argparse.Namespace(queries=None, **vars(get_args(argv)))
 
-        attack = evaluate.Attack(corners, flags=("queries",))
+        attack = evaluate.Attack(corners, flags=("queries", "steps"))
+        flags = "--attack corners --limit 40 --eps 24 --batch-size 16 --steps 3"
         with mock.patch.dict(evaluate.ATTACKS, corners=attack):
             with mock.patch("evaluate.get_args", with_its_flag):
-                report, text = self.measure("--attack corners --limit 40 --eps 24 --batch-size 16")
+                report, text = self.measure(flags)
         _, expected = corners(self.net, self.x, self.y, 24 / 255, self.index, 0, None, mock.Mock())
         self.assertTrue(0 < report["n_robust"] < report["n_correct"])
         self.assertIn("queries7", report["ledger"])
-        self.assertIn("corners, queries 7", text)
+        self.assertIn("corners, queries 7, steps 3", text)
+        self.assertNotIn("robust_after", report)  # which counts PGD's steps
         for line, robust in zip(self.verdicts_of(report).values(), expected["robust"].tolist()):
             is_fooled = line["clean"] == line["label"] and not robust
             self.assertEqual(line["fooled"], "corners" if is_fooled else None)
@@ -3237,7 +3256,8 @@ class TestIdentity(EvaluateCase):
     def test_flags_that_change_no_verdict_keep_the_ledger(self):
         self.copy_of_a_run()
         report, _ = self.measure("--limit 2 --steps 1")
-        for flags in ("--batch-size 1", "--limit 3", "--workers 0", "--act relu --arch resnet8"):
+        for flags in ("--batch-size 1", "--limit 3", "--workers 0", "--act relu --arch resnet8",
+                      "--eps 8 --step-size 2"):
             with self.subTest(flags):
                 other, _ = self.measure("--limit 2 --steps 1 " + flags)
                 self.assertEqual(other["ledger"], report["ledger"])
@@ -3879,10 +3899,10 @@ class InAnEmptyFolder(TemporaryFolder):
         self.enterContext(contextlib.chdir(self.root))
 
 
-def comparison(difference, low, high, verdict="higher", what="robust"):
+def comparison(difference, low, high, verdict="higher", what="robust", n=1000):
     """What `compare --json` writes, with one row: a difference and its interval."""
     row = dict(setting="PGD-50, eps 8, last iterate", what=what, difference=difference, low=low,
-               high=high, verdict=verdict)
+               high=high, verdict=verdict, n=n)
     return dict(comparisons=[row], old=["out/relu-0", "out/relu-1"])
 
 
@@ -4073,9 +4093,12 @@ class TestPictures(InAnEmptyFolder):
     def test_one_picture_shows_one_measurement(self):
         both = comparison(2, 1, 3)
         both["comparisons"] += comparison(1, 0, 2, what="robust (last iterate)")["comparisons"]
+        for n in (100, 1000, 10):  # the clean images of several settings: most images count
+            both["comparisons"] += comparison(n, 0, n, what="clean", n=n)["comparisons"]
         path = Path(json_file("silu.json", both))
         refuses(self, SystemExit, "--only", sanity.read_comparison, path, "robust")
         self.assertEqual(sanity.read_comparison(path, "robust (last").difference, 1)
+        self.assertEqual(sanity.read_comparison(path, "clean").n, 1000)
 
     def test_the_two_directions_are_at_right_angles_and_of_mean_square_1(self):
         delta = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -4115,6 +4138,12 @@ class TestPictures(InAnEmptyFolder):
         self.assertIn("mean squared second difference", definition)
         note.assert_called_once_with(definition)
         self.assertTrue(Path("out/landscape.png").exists())
+
+    def test_a_loss_that_is_the_same_everywhere_is_drawn_too(self):
+        flat = np.full((31, 31), 100, np.float32)
+        with mock.patch.object(sanity, "open_run", return_value=tiny_run()), \
+                mock.patch.object(sanity, "loss_surface", return_value=flat):
+            self.assertIn("roughness 0", run_sanity("landscape"))
 
     def test_the_gallery_shows_clean_attacked_and_their_difference_and_explains_itself(self):
         _, x, _ = next(tiny_run().batches)
